@@ -1,0 +1,92 @@
+--[[
+  commit: the only way in which a job record comes to be or changes its state.
+
+  One step, all or nothing: checks that the record is where the caller believes it to be, writes the new state
+  and fields, keeps the tenant's index of open jobs, appends the events to the tenant's event stream, and tells
+  subscribers. Nothing of it happens when it refuses.
+
+  KEYS[1]  job record       hash        {tenant}
+  KEYS[2]  open jobs        sorted set  {tenant}  member: job id, score: updatedAt
+  KEYS[3]  event stream     stream      {tenant}
+
+  ARGV[1]  JSON:
+    jobId, tenant, now (epoch ms)
+    generation     the caller's; must equal the record's
+    from           array of states in which the record must be; ["none"]: it must not exist
+    to             the new state
+    set            map of field -> string
+    add            map of field -> integer to add
+    clear          array of fields to remove
+    raise          true: the record moves to generation + 1
+    retention      seconds that a finished record is kept
+    events         array of strings (JSON objects)
+    eventsKept     about how many events the stream keeps
+    channel        pub/sub channel
+
+  Returns {outcome, state, generation, version}
+    "committed"  the record is now in `to`
+    "already"    same generation, and the record is in `to` or has gone on from there: a repetition of a step
+                 that was done; the caller hands on and is done
+    "cancelled" | "missing" | "refused"   nothing was changed
+--]]
+local a = cjson.decode(ARGV[1])
+
+local rank = { queued = 1, decoding = 2, decoded = 3, classifying = 4, completed = 5, failed = 5, cancelled = 5 }
+
+local current = redis.call('HMGET', KEYS[1], 'state', 'generation', 'version')
+local state, generation, version = current[1], tonumber(current[2]), tonumber(current[3]) or 0
+
+local function answer(outcome)
+  return { outcome, state or 'none', generation or 0, version }
+end
+
+local expected = false
+for _, wanted in ipairs(a.from) do
+  if wanted == (state or 'none') then expected = true end
+end
+
+if state then
+  if a.from[1] == 'none' then return answer('already') end
+  if generation ~= a.generation then
+    return answer(state == 'cancelled' and 'cancelled' or 'refused')
+  end
+  if state == 'cancelled' and a.to ~= 'cancelled' then return answer('cancelled') end
+  if not expected then
+    -- A finished record never counts as "gone on" towards another ending: completed is not failed.
+    local gone_on = rank[state] > rank[a.to] and state ~= 'failed'
+    if state == a.to or gone_on then return answer('already') end
+    return answer('refused')
+  end
+elseif not expected then
+  return answer('missing')
+end
+
+if a.raise then generation = a.generation + 1 else generation = a.generation end
+version = version + 1
+state = a.to
+
+local fields = { 'state', state, 'generation', generation, 'version', version, 'updatedAt', string.format('%.0f', a.now) }
+for field, value in pairs(a.set) do
+  fields[#fields + 1] = field
+  fields[#fields + 1] = value
+end
+redis.call('HSET', KEYS[1], unpack(fields))
+for field, amount in pairs(a.add) do redis.call('HINCRBY', KEYS[1], field, amount) end
+if #a.clear > 0 then redis.call('HDEL', KEYS[1], unpack(a.clear)) end
+
+if rank[state] == 5 then
+  redis.call('ZREM', KEYS[2], a.jobId)
+  redis.call('EXPIRE', KEYS[1], a.retention)
+else
+  redis.call('ZADD', KEYS[2], a.now, a.jobId)
+  redis.call('PERSIST', KEYS[1])
+end
+
+for _, event in ipairs(a.events) do
+  redis.call('XADD', KEYS[3], 'MAXLEN', '~', a.eventsKept, '*', 'event', event)
+end
+
+redis.call('PUBLISH', a.channel, cjson.encode({
+  tenant = a.tenant, jobId = a.jobId, state = state, generation = generation, version = version,
+}))
+return answer('committed')

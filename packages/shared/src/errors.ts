@@ -1,0 +1,148 @@
+/**
+ * Every failure that has a name.
+ *
+ * A {@link ProblemError} is a failure somebody can act on: it carries a stable `code`, becomes RFC 9457
+ * problem+json at the API and the `error` of a failed job. An {@link InfrastructureFault} says that a part
+ * of the system was away; it is nobody's input's fault, spends no attempt, and never reaches a caller as the
+ * job's outcome. Anything else that is thrown is a bug and is reported as `internal_error`.
+ */
+
+interface ProblemKind {
+  readonly status: number;
+  readonly title: string;
+  /** Whether the same request, unchanged, can succeed later. */
+  readonly retryable: boolean;
+}
+
+const kinds = {
+  // The request
+  bad_option: { status: 400, title: 'An option has a value that cannot be used', retryable: false },
+  bad_request: { status: 400, title: 'The request could not be read', retryable: false },
+  no_file: { status: 400, title: 'No audio file was sent', retryable: false },
+  too_many_files: { status: 400, title: 'More than one file was sent', retryable: false },
+  upload_cut: { status: 400, title: 'The upload ended before it was complete', retryable: true },
+  unauthorized: { status: 401, title: 'An API key is needed', retryable: false },
+  host_not_allowed: { status: 403, title: 'This host name is not served', retryable: false },
+  not_found: { status: 404, title: 'There is nothing at this address', retryable: false },
+  job_not_found: { status: 404, title: 'No such job', retryable: false },
+  no_spectrogram: { status: 404, title: 'This job has no spectrogram', retryable: false },
+  method_not_allowed: { status: 405, title: 'This method is not served here', retryable: false },
+  job_not_finished: { status: 409, title: 'The job has not got that far yet', retryable: true },
+  file_too_large: { status: 413, title: 'The file is larger than this service takes', retryable: false },
+  wrong_content_type: { status: 415, title: 'The request has the wrong content type', retryable: false },
+  // The audio
+  empty_file: { status: 422, title: 'The file is empty', retryable: false },
+  not_audio: { status: 422, title: 'The file is not audio that can be read', retryable: false },
+  unsupported_format: { status: 415, title: 'This container or codec is not supported', retryable: false },
+  no_audio_stream: { status: 422, title: 'The file holds no audio stream', retryable: false },
+  audio_too_short: {
+    status: 422,
+    title: 'The audio is too short to say anything about it',
+    retryable: false,
+  },
+  audio_too_long: { status: 422, title: 'The audio is longer than this service takes', retryable: false },
+  range_outside_audio: { status: 422, title: 'The asked range lies outside the audio', retryable: false },
+  decode_failed: { status: 422, title: 'The audio could not be decoded', retryable: false },
+  decode_timeout: { status: 422, title: 'Decoding took longer than this file may take', retryable: false },
+  // The system
+  quarantined: {
+    status: 422,
+    title: 'This file stopped a worker more than once and is set aside',
+    retryable: false,
+  },
+  audio_gone: { status: 410, title: 'The audio of this job is no longer stored', retryable: false },
+  model_not_served: { status: 503, title: 'No worker serves this model at present', retryable: true },
+  too_busy: { status: 503, title: 'The service is at its limit', retryable: true },
+  unavailable: { status: 503, title: 'A part of the service is away', retryable: true },
+  result_timeout: { status: 504, title: 'The result was not ready in time', retryable: true },
+  internal_error: { status: 500, title: 'Something went wrong on our side', retryable: true },
+} as const satisfies Record<string, ProblemKind>;
+
+export type ProblemCode = keyof typeof kinds;
+export const problemCodes = Object.keys(kinds) as [ProblemCode, ...ProblemCode[]];
+
+export interface ProblemDetails {
+  /** The request field that was wrong, where there is one. */
+  readonly field?: string;
+  /** Seconds after which it makes sense to try again. */
+  readonly retryAfter?: number;
+}
+
+/** The part of a problem that is stored in a job record. */
+export interface StoredProblem {
+  code: ProblemCode;
+  message: string;
+  retryable: boolean;
+}
+
+export class ProblemError extends Error {
+  override readonly name = 'ProblemError';
+  readonly code: ProblemCode;
+  readonly details: ProblemDetails;
+
+  /** @param message one sentence for the caller: what was wrong and what to do. */
+  constructor(code: ProblemCode, message: string, details: ProblemDetails = {}, cause?: unknown) {
+    super(message, { cause });
+    this.code = code;
+    this.details = details;
+  }
+
+  get status(): number {
+    return kinds[this.code].status;
+  }
+
+  get title(): string {
+    return kinds[this.code].title;
+  }
+
+  get retryable(): boolean {
+    return kinds[this.code].retryable;
+  }
+
+  toStored(): StoredProblem {
+    return { code: this.code, message: this.message, retryable: this.retryable };
+  }
+}
+
+/** Redis, object storage, a child process or the network was away. Retried without spending an attempt. */
+export class InfrastructureFault extends Error {
+  override readonly name = 'InfrastructureFault';
+  /** What was away, for logs and readiness: `redis`, `storage`, `model`. */
+  readonly part: string;
+
+  constructor(part: string, message: string, cause?: unknown) {
+    super(message, { cause });
+    this.part = part;
+  }
+}
+
+/** Invalid configuration or a bundle that fails its checks: the only failures a service exits for. */
+export class StartupError extends Error {
+  override readonly name = 'StartupError';
+}
+
+/** RFC 9457 body of a problem. `type` is a relative reference into the documentation. */
+export function toProblemJson(error: ProblemError, instance?: string): Record<string, unknown> {
+  return {
+    type: `/docs/errors#${error.code}`,
+    title: error.title,
+    status: error.status,
+    detail: error.message,
+    code: error.code,
+    retryable: error.retryable,
+    ...(error.details.field === undefined ? {} : { field: error.details.field }),
+    ...(instance === undefined ? {} : { instance }),
+  };
+}
+
+/** ioredis and BullMQ have no common error class: connection loss is told by these codes and messages. */
+export function isRedisAway(error: unknown): boolean {
+  if (!(error instanceof Error)) return false;
+  const code = (error as NodeJS.ErrnoException).code ?? '';
+  return (
+    ['ECONNREFUSED', 'ECONNRESET', 'EPIPE', 'ETIMEDOUT', 'ENOENT', 'EAI_AGAIN', 'ENOTFOUND'].includes(code) ||
+    /Connection is closed|Stream isn't writeable|max retries per request|Command timed out|^LOADING|^MISCONF|^READONLY|^OOM/i.test(
+      error.message,
+    )
+  );
+}

@@ -1,0 +1,110 @@
+/** What a job record holds: the one shape that all services agree on. */
+import { z } from 'zod';
+import { problemCodes } from './errors.ts';
+import { jobStates } from './pipeline.ts';
+import { windowInfoSchema } from './tensor.ts';
+
+/** `middle`: one window; `all`: every step; a number: that many, evenly spaced. */
+export const windowChoiceSchema = z.union([z.enum(['middle', 'all']), z.int().min(1).max(64)]);
+export type WindowChoice = z.infer<typeof windowChoiceSchema>;
+
+export const selectionSchema = z.strictObject({
+  windows: windowChoiceSchema,
+  start: z.number().min(0).describe('seconds'),
+  duration: z.number().positive().optional().describe('seconds; to the end when absent'),
+});
+export type Selection = z.infer<typeof selectionSchema>;
+
+export const warningCodes = [
+  'too_short',
+  'silent',
+  'clipped',
+  'low_passed',
+  'partly_corrupt',
+  'sanitised',
+] as const;
+export const warningSchema = z.strictObject({
+  code: z.enum(warningCodes),
+  message: z.string().describe('one sentence: what was detected, and what to do'),
+  value: z.number().optional().describe('the measured quantity behind it'),
+});
+export type Warning = z.infer<typeof warningSchema>;
+
+export const inputFactsSchema = z.strictObject({
+  container: z.string(),
+  codec: z.string(),
+  sampleRate: z.int().describe('Hz, as stored'),
+  channels: z.int(),
+  duration: z.number().describe('seconds of audio in the file, as far as it could be told'),
+  bitRate: z.number().optional().describe('bits per second'),
+  analysedStart: z.number().describe('seconds'),
+  analysedEnd: z.number().describe('seconds'),
+  bandwidth: z.number().describe('Hz under which the sound lies'),
+});
+export type InputFacts = z.infer<typeof inputFactsSchema>;
+
+/** What the decoder hands on, committed with the state `decoded`. */
+export const decodedSchema = z.strictObject({
+  contentId: z.string().describe('SHA-256 of the audio'),
+  tensorKey: z.string().describe('without ending'),
+  windows: z.array(windowInfoSchema).min(1),
+  input: inputFactsSchema,
+  warnings: z.array(warningSchema),
+});
+export type Decoded = z.infer<typeof decodedSchema>;
+
+/** What the inference service found, committed with the state `completed`. */
+export const outcomeSchema = z.strictObject({
+  probabilities: z
+    .array(z.number())
+    .nullable()
+    .describe('aggregate over the windows that are not silent, in label order; null when all are silent'),
+  windows: z.array(z.array(z.number()).nullable()).describe('per window, in label order; null when silent'),
+  provider: z.string().describe('the execution provider that really ran'),
+});
+export type Outcome = z.infer<typeof outcomeSchema>;
+
+const milliseconds = z.number().min(0);
+export const timingsSchema = z.strictObject({
+  upload: milliseconds.optional(),
+  decodeWait: milliseconds.optional().describe('from acceptance to the decoder'),
+  decodeFetch: milliseconds.optional().describe('audio from storage to scratch'),
+  decode: milliseconds.optional().describe('ffmpeg, front end and tensor'),
+  inferenceWait: milliseconds.optional().describe('from decoded to the inference service'),
+  batchWait: milliseconds.optional().describe('in the batcher'),
+  inference: milliseconds.optional().describe('the batch that held the last window'),
+});
+export type Timings = z.infer<typeof timingsSchema>;
+
+export const jobRecordSchema = z.strictObject({
+  id: z.uuid(),
+  tenant: z.string(),
+  state: z.enum(jobStates),
+  generation: z.int().min(1),
+  version: z.int().min(1).describe('raised by every commit'),
+  createdAt: z.int().describe('epoch milliseconds'),
+  updatedAt: z.int(),
+  traceparent: z.string(),
+  modelDigest: z.string(),
+  modelName: z.string(),
+  modelVersion: z.string(),
+  profileHash: z.string(),
+  audio: z.strictObject({ key: z.string(), size: z.int(), sha256: z.string(), filename: z.string() }),
+  selection: selectionSchema,
+  /** Applied when a result is read: they change no stored number. */
+  presentation: z.strictObject({ topK: z.int(), threshold: z.number() }),
+  decoded: decodedSchema.optional(),
+  outcome: outcomeSchema.optional(),
+  error: z
+    .strictObject({ code: z.enum(problemCodes), message: z.string(), retryable: z.boolean() })
+    .optional(),
+  timings: timingsSchema.optional(),
+  /** How often each stage has begun: a job that keeps killing its worker is found by it. */
+  decodeStarts: z.int().optional(),
+  inferenceStarts: z.int().optional(),
+  /** How often the model's process died on this job alone. */
+  crashes: z.int().optional(),
+  /** How often the job went back to decode because its tensor was gone. */
+  redecodes: z.int().optional(),
+});
+export type JobRecord = z.infer<typeof jobRecordSchema>;

@@ -1,0 +1,75 @@
+/** Connections to Redis: how each kind behaves while Redis is away. */
+import { Redis, type RedisOptions } from 'ioredis';
+import { InfrastructureFault, isRedisAway, StartupError } from './errors.ts';
+
+/** Accepts `redis://`, `rediss://` and `unix:///path/to.sock`. */
+function optionsFor(url: string): { target: string; options: RedisOptions } {
+  if (url.startsWith('unix://')) return { target: new URL(url).pathname, options: {} };
+  if (/^rediss?:\/\//.test(url)) return { target: url, options: {} };
+  throw new StartupError('REDIS_URL must begin with redis://, rediss:// or unix://.');
+}
+
+const retryStrategy = (attempt: number) => Math.min(100 * 2 ** Math.min(attempt, 5), 2_000);
+
+/**
+ * For commands whose caller waits: while Redis is away they fail within a second instead of queueing up, so
+ * that HTTP answers 503 and a stage gives its job back.
+ */
+export function connectRedis(url: string): Redis {
+  const { target, options } = optionsFor(url);
+  const redis = new Redis(target, {
+    ...options,
+    retryStrategy,
+    enableOfflineQueue: false,
+    maxRetriesPerRequest: 0,
+    commandTimeout: 5_000,
+    connectTimeout: 5_000,
+    lazyConnect: false,
+  });
+  // Without a listener a lost connection would end the process; readiness tells of it (service.ts).
+  redis.on('error', () => {});
+  return redis;
+}
+
+/** For BullMQ workers and subscribers, which must outlive an absence of Redis and go on. */
+export function connectRedisForWorker(url: string): Redis {
+  const { target, options } = optionsFor(url);
+  const redis = new Redis(target, { ...options, retryStrategy, maxRetriesPerRequest: null });
+  redis.on('error', () => {});
+  return redis;
+}
+
+/** Runs a Redis operation; a lost connection becomes an {@link InfrastructureFault}. */
+export async function withRedis<T>(operation: () => Promise<T>): Promise<T> {
+  try {
+    return await operation();
+  } catch (error) {
+    if (isRedisAway(error)) throw new InfrastructureFault('redis', 'Redis cannot be reached', error);
+    throw error;
+  }
+}
+
+/**
+ * Checks once what this version relies on.
+ * @throws {StartupError} on a cluster: every key is laid out for one, nobody has proven it yet.
+ */
+export async function checkRedis(redis: Redis): Promise<void> {
+  const info = await redis.info();
+  if (/^cluster_enabled:1/m.test(info)) {
+    throw new StartupError(
+      'This Redis runs in cluster mode, which AcousticSense does not support yet: use a single Redis or Sentinel.',
+    );
+  }
+  const policy = /^maxmemory_policy:(\S+)/m.exec(info)?.[1];
+  const limited = !/^maxmemory:0\s*$/m.test(info);
+  if (limited && policy !== 'noeviction') {
+    throw new StartupError(
+      `This Redis evicts keys (maxmemory-policy ${policy}), which would lose jobs: set it to noeviction.`,
+    );
+  }
+}
+
+/** Writes and deletes a key: a Redis that refuses writes (full, read-only replica) is not ready. */
+export async function probeRedis(redis: Redis): Promise<void> {
+  await redis.set(`as:probe:${process.pid}`, '1', 'EX', 10);
+}

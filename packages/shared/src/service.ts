@@ -1,0 +1,216 @@
+/**
+ * The life of a service process: start, health, readiness, metrics, logs, drain.
+ *
+ *   startService('decoder', config, async (service) => { ...wire, register closers and checks... })
+ *
+ * Exits non-zero only for a {@link StartupError} (invalid configuration, a bundle that fails its checks). For
+ * Redis, storage, model download and GPU it stays up and says 503 with the reason at /readyz.
+ */
+import { createServer, type IncomingMessage, type ServerResponse } from 'node:http';
+import type { AddressInfo } from 'node:net';
+import { type Logger, pino } from 'pino';
+import { collectDefaultMetrics, Registry } from 'prom-client';
+import { StartupError } from './errors.ts';
+
+export interface ServiceConfig {
+  readonly logLevel: string;
+  readonly metricsHost: string;
+  /** 0 takes a free port; undefined: the service serves its health itself (the API does). */
+  readonly metricsPort: number | undefined;
+  /** Seconds that running work may take after SIGTERM before it is given back. */
+  readonly drainSeconds: number;
+}
+
+export interface Service {
+  readonly name: string;
+  readonly log: Logger;
+  readonly registry: Registry;
+  /** Aborted when draining has taken its time: what runs is given back. */
+  readonly closing: AbortSignal;
+  /** Registered where a resource opens; run last-in first-out. */
+  onClose(what: string, close: () => unknown): void;
+  /** A readiness check: throws with the reason while the part is away. */
+  addCheck(part: string, check: () => Promise<void>): void;
+  /** Reasons why the service is not ready; empty when it is. Runs the checks, at most once a second. */
+  notReady(): Promise<Record<string, string>>;
+  /** Answers /healthz, /readyz and /metrics; false when the path is another. */
+  handleHealth(request: IncomingMessage, response: ServerResponse): Promise<boolean>;
+  /** Tells the parent process, if there is one, on which port the service listens. */
+  announcePort(port: number): void;
+}
+
+const checkTimeoutMs = 2_000;
+
+export async function startService(
+  name: string,
+  loadConfig: () => ServiceConfig,
+  wire: (service: Service) => Promise<void>,
+): Promise<void> {
+  let config: ServiceConfig;
+  try {
+    config = loadConfig();
+  } catch (error) {
+    return refuse(pino({ name }), error);
+  }
+  const log = pino({ name, level: config.logLevel, base: { service: name, pid: process.pid } });
+  const registry = new Registry();
+  registry.setDefaultLabels({ service: name });
+  collectDefaultMetrics({ register: registry });
+
+  const closers: { what: string; close: () => unknown }[] = [];
+  const checks = new Map<string, () => Promise<void>>();
+  const abort = new AbortController();
+  let draining = false;
+  let lastCheck = { at: 0, result: undefined as Promise<Record<string, string>> | undefined };
+
+  async function runChecks(): Promise<Record<string, string>> {
+    const reasons: Record<string, string> = {};
+    if (draining) reasons['service'] = 'shutting down';
+    await Promise.all(
+      [...checks].map(async ([part, check]) => {
+        try {
+          await withTimeout(check(), checkTimeoutMs);
+        } catch (error) {
+          reasons[part] = error instanceof Error ? error.message : String(error);
+        }
+      }),
+    );
+    return reasons;
+  }
+
+  const service: Service = {
+    name,
+    log,
+    registry,
+    closing: abort.signal,
+    onClose: (what, close) => closers.push({ what, close }),
+    addCheck: (part, check) => checks.set(part, check),
+    notReady() {
+      if (lastCheck.result === undefined || Date.now() - lastCheck.at > 1_000) {
+        lastCheck = { at: Date.now(), result: runChecks() };
+      }
+      return lastCheck.result!;
+    },
+    async handleHealth(request, response) {
+      const path = request.url?.split('?')[0];
+      if (path === '/healthz') {
+        response.writeHead(200, { 'content-type': 'text/plain' }).end('ok\n');
+      } else if (path === '/readyz') {
+        const reasons = await service.notReady();
+        const ready = Object.keys(reasons).length === 0;
+        response
+          .writeHead(ready ? 200 : 503, { 'content-type': 'application/json', 'cache-control': 'no-store' })
+          .end(`${JSON.stringify(ready ? { ready } : { ready, reasons })}\n`);
+      } else if (path === '/metrics') {
+        response.writeHead(200, { 'content-type': registry.contentType }).end(await registry.metrics());
+      } else return false;
+      return true;
+    },
+    announcePort: (port) => tellParent({ type: 'listening', port }),
+  };
+
+  async function close(reason: string): Promise<void> {
+    if (draining) return;
+    draining = true;
+    log.info({ reason }, 'stopping');
+    const overtime = setTimeout(
+      () => abort.abort(new Error('draining took too long')),
+      config.drainSeconds * 1_000,
+    );
+    overtime.unref();
+    for (const { what, close } of closers.reverse()) {
+      try {
+        await close();
+      } catch (error) {
+        log.warn({ err: error, what }, 'could not be closed');
+      }
+    }
+    log.info('stopped');
+    process.exit(process.exitCode ?? 0);
+  }
+  process.on('SIGTERM', () => void close('SIGTERM'));
+  process.on('SIGINT', () => void close('SIGINT'));
+  // The launcher is gone: nobody else would stop this process.
+  process.on('disconnect', () => void close('parent gone'));
+  // A rejection that nobody handles is a bug; the state it leaves is unknown, and every stage survives a restart.
+  process.on('unhandledRejection', (error) => {
+    log.fatal({ err: error }, 'unhandled rejection');
+    process.exit(1);
+  });
+
+  try {
+    await wire(service);
+    if (config.metricsPort !== undefined) await serveHealth(service, config.metricsHost, config.metricsPort);
+  } catch (error) {
+    return refuse(log, error);
+  }
+  await reportReadiness(service);
+}
+
+async function serveHealth(service: Service, host: string, port: number): Promise<void> {
+  const server = createServer((request, response) => {
+    void service.handleHealth(request, response).then((handled) => {
+      if (!handled) response.writeHead(404).end();
+    });
+  });
+  await new Promise<void>((resolve, reject) => {
+    server.once('error', (error) =>
+      reject(new StartupError(`Port ${port} for health and metrics cannot be used: ${error.message}`)),
+    );
+    server.listen(port, host, resolve);
+  });
+  const actual = (server.address() as AddressInfo).port;
+  service.onClose('health server', () => server.close());
+  service.log.info({ port: actual }, 'health and metrics');
+  service.announcePort(actual);
+}
+
+/** Logs every change of readiness, and tells the parent when the service is ready for the first time. */
+async function reportReadiness(service: Service): Promise<void> {
+  let known: string | undefined;
+  let told = false;
+  const look = async () => {
+    const reasons = await service.notReady();
+    const text = JSON.stringify(reasons);
+    if (text === known) return;
+    known = text;
+    if (text !== '{}') {
+      service.log.warn({ reasons }, 'not ready');
+      tellParent({ type: 'not-ready', reasons });
+    } else {
+      service.log.info('ready');
+      if (!told) tellParent({ type: 'ready' });
+      told = true;
+    }
+  };
+  const timer = setInterval(() => void look(), 1_000);
+  service.onClose('readiness', () => clearInterval(timer));
+  await look();
+}
+
+function refuse(log: Logger, error: unknown): void {
+  const expected = error instanceof StartupError;
+  const message = error instanceof Error ? error.message : String(error);
+  if (expected) log.fatal(message);
+  else log.fatal({ err: error }, 'could not start');
+  tellParent({ type: 'failed', message });
+  process.exitCode = 1;
+  // Gives the log line and the message to the parent time to leave.
+  setTimeout(() => process.exit(1), 100);
+}
+
+function tellParent(message: Record<string, unknown>): void {
+  if (process.connected) process.send?.(message);
+}
+
+async function withTimeout(promise: Promise<void>, ms: number): Promise<void> {
+  let timer: NodeJS.Timeout | undefined;
+  const timeout = new Promise<never>((_, reject) => {
+    timer = setTimeout(() => reject(new Error(`no answer within ${ms} ms`)), ms);
+  });
+  try {
+    await Promise.race([promise, timeout]);
+  } finally {
+    clearTimeout(timer);
+  }
+}

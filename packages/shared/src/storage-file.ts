@@ -1,0 +1,189 @@
+/** Object storage in a directory: the embedded default, for one machine. */
+import { createReadStream, createWriteStream } from 'node:fs';
+import { mkdir, open, opendir, rename, rm, rmdir, stat } from 'node:fs/promises';
+import path from 'node:path';
+import { Readable } from 'node:stream';
+import { pipeline } from 'node:stream/promises';
+import { fileURLToPath } from 'node:url';
+import { InfrastructureFault, StartupError } from './errors.ts';
+import { ObjectNotFound, type Storage, type StoredObject } from './storage.ts';
+
+/** Unfinished writes; on the same file system, so that the rename is atomic. Never listed. */
+const partsDirectory = '.parts';
+
+export function createFileStorage(url: URL): Storage {
+  if (url.host !== '')
+    throw new StartupError(`STORAGE_URL ${url.href} needs three slashes: file:///absolute/directory.`);
+  const root = path.resolve(fileURLToPath(url));
+  const parts = path.join(root, partsDirectory);
+  let sequence = 0;
+
+  function fileOf(key: string): string {
+    const segments = key.split('/');
+    if (
+      segments.some(
+        (segment) => segment === '' || segment === '.' || segment === '..' || segment.includes('\0'),
+      )
+    ) {
+      throw new TypeError(`not an object key: ${JSON.stringify(key)}`);
+    }
+    return path.join(root, ...segments);
+  }
+
+  async function put(key: string, body: Readable | Uint8Array, signal?: AbortSignal): Promise<void> {
+    const file = fileOf(key);
+    signal?.throwIfAborted();
+    const part = path.join(parts, `${process.pid}-${Date.now()}-${sequence++}`);
+    try {
+      await onDisk(() => mkdir(parts, { recursive: true }));
+      const source = body instanceof Uint8Array ? Readable.from([body]) : body;
+      await pipeline(source, createWriteStream(part), { signal });
+      await onDisk(async () => {
+        // The object must be on disk before the record says that it is there.
+        const handle = await open(part, 'r+');
+        await handle.sync().finally(() => handle.close());
+        await renameInto(part, file);
+      });
+    } catch (error) {
+      await rm(part, { force: true });
+      throw normalise(error);
+    }
+  }
+
+  async function get(key: string, signal?: AbortSignal): Promise<Readable> {
+    const file = fileOf(key);
+    return onDisk(async () => {
+      const handle = await open(file).catch((error) => {
+        throw isAbsent(error) ? new ObjectNotFound(key) : error;
+      });
+      return createReadStream('', { fd: handle, ...(signal ? { signal } : {}) });
+    });
+  }
+
+  async function* list(prefix: string): AsyncIterable<StoredObject> {
+    const lastSlash = prefix.lastIndexOf('/') + 1;
+    yield* walk(prefix.slice(0, lastSlash), prefix);
+  }
+
+  async function* walk(directory: string, prefix: string): AsyncGenerator<StoredObject> {
+    const entries = await onDisk(async () => {
+      const found = [];
+      for await (const entry of await opendir(path.join(root, directory))) found.push(entry);
+      return found;
+    }).catch((error) => {
+      if (isAbsent(error)) return [];
+      throw error;
+    });
+    for (const entry of entries) {
+      const key = directory + entry.name;
+      if (directory === '' && entry.name === partsDirectory) continue;
+      if (entry.isDirectory()) {
+        if (`${key}/`.startsWith(prefix) || prefix.startsWith(`${key}/`)) yield* walk(`${key}/`, prefix);
+      } else if (key.startsWith(prefix)) {
+        const found = await describe(key);
+        if (found) yield found;
+      }
+    }
+  }
+
+  async function describe(key: string): Promise<StoredObject | undefined> {
+    const file = fileOf(key);
+    try {
+      const { size, mtime } = await onDisk(() => stat(file));
+      return { key, size, lastModified: mtime };
+    } catch (error) {
+      if (isAbsent(error)) return undefined;
+      throw error;
+    }
+  }
+
+  async function remove(key: string): Promise<void> {
+    const file = fileOf(key);
+    await onDisk(() => rm(file, { force: true }));
+    // Empty directories would pile up, one a job; a directory in use again is no error.
+    for (
+      let folder = path.dirname(file);
+      folder !== root && folder.startsWith(root);
+      folder = path.dirname(folder)
+    ) {
+      if (
+        !(await rmdir(folder).then(
+          () => true,
+          () => false,
+        ))
+      )
+        break;
+    }
+  }
+
+  async function read(key: string, signal?: AbortSignal): Promise<Buffer> {
+    const stream = await get(key, signal);
+    return onDisk(async () => Buffer.concat(await stream.toArray()));
+  }
+
+  return {
+    description: `directory ${root}`,
+    put,
+    get,
+    read,
+    stat: describe,
+    delete: remove,
+    list,
+    async probe() {
+      const key = `probe/${process.pid}`;
+      await put(key, Buffer.from('probe'));
+      await remove(key);
+    },
+    close() {},
+  };
+}
+
+/** A concurrent delete may remove the directory between mkdir and rename: then once more. */
+async function renameInto(part: string, file: string): Promise<void> {
+  for (let attempt = 1; ; attempt += 1) {
+    await mkdir(path.dirname(file), { recursive: true });
+    try {
+      return await rename(part, file);
+    } catch (error) {
+      if (!isAbsent(error) || attempt === 10) throw error;
+    }
+  }
+}
+
+function isAbsent(error: unknown): boolean {
+  return (
+    error instanceof Error && ['ENOENT', 'ENOTDIR'].includes((error as NodeJS.ErrnoException).code ?? '')
+  );
+}
+
+const diskFaults = [
+  'ENOSPC',
+  'EDQUOT',
+  'EIO',
+  'EROFS',
+  'EACCES',
+  'EPERM',
+  'EMFILE',
+  'ENFILE',
+  'ESTALE',
+  'ETIMEDOUT',
+];
+
+/** The disk's own troubles become an infrastructure fault; a failing source stream or an abort stays what it is. */
+function normalise(error: unknown): unknown {
+  const code = error instanceof Error ? (error as NodeJS.ErrnoException).code : undefined;
+  if (code === undefined || !diskFaults.includes(code)) return error;
+  return new InfrastructureFault(
+    'storage',
+    `The storage directory cannot be used: ${(error as Error).message}`,
+    error,
+  );
+}
+
+async function onDisk<T>(operation: () => Promise<T>): Promise<T> {
+  try {
+    return await operation();
+  } catch (error) {
+    throw normalise(error);
+  }
+}

@@ -1,0 +1,154 @@
+/** Object storage in an S3 bucket, or anything that speaks its protocol. */
+import { Readable } from 'node:stream';
+import {
+  DeleteObjectCommand,
+  GetObjectCommand,
+  HeadObjectCommand,
+  ListObjectsV2Command,
+  type ListObjectsV2CommandOutput,
+  S3Client,
+  type S3ClientConfig,
+  S3ServiceException,
+} from '@aws-sdk/client-s3';
+import { Upload } from '@aws-sdk/lib-storage';
+import { InfrastructureFault, StartupError } from './errors.ts';
+import { ObjectNotFound, type Storage, type StoredObject } from './storage.ts';
+
+/** `s3://bucket/prefix?endpoint=http://host:port&region=eu-central-1&pathStyle=true` */
+export function createS3Storage(url: URL): Storage {
+  const bucket = url.host;
+  if (bucket === '') throw new StartupError('STORAGE_URL needs a bucket: s3://bucket/prefix.');
+  const folder = url.pathname.replace(/^\/+|\/+$/g, '');
+  const root = folder === '' ? '' : `${decodeURIComponent(folder)}/`;
+  const endpoint = url.searchParams.get('endpoint');
+  const config: S3ClientConfig = {
+    maxAttempts: 3,
+    // Other makers' servers do not all know the SDK's newer default checksums.
+    requestChecksumCalculation: 'WHEN_REQUIRED',
+    responseChecksumValidation: 'WHEN_REQUIRED',
+    ...(url.searchParams.get('region') ? { region: url.searchParams.get('region')! } : {}),
+    ...(endpoint ? { endpoint, forcePathStyle: url.searchParams.get('pathStyle') !== 'false' } : {}),
+  };
+  const client = new S3Client(config);
+
+  async function call<T>(key: string, operation: () => Promise<T>, signal?: AbortSignal): Promise<T> {
+    try {
+      return await operation();
+    } catch (error) {
+      if (signal?.aborted) throw signal.reason;
+      throw normalise(error, key);
+    }
+  }
+
+  const at = (key: string) => ({ Bucket: bucket, Key: root + key });
+  const abortable = (signal?: AbortSignal) => (signal ? { abortSignal: signal } : {});
+
+  async function put(key: string, body: Readable | Uint8Array, signal?: AbortSignal): Promise<void> {
+    signal?.throwIfAborted();
+    let sourceError: Error | undefined;
+    const upload = new Upload({
+      client,
+      params: { ...at(key), Body: body },
+      queueSize: 2,
+      leavePartsOnError: false,
+    });
+    const stop = () => void upload.abort();
+    signal?.addEventListener('abort', stop, { once: true });
+    if (body instanceof Readable) {
+      body.once('error', (error) => {
+        sourceError = error;
+      });
+      if (signal) signal.addEventListener('abort', () => body.destroy(), { once: true });
+    }
+    try {
+      await upload.done();
+    } catch (error) {
+      if (signal?.aborted) throw signal.reason;
+      throw sourceError ?? normalise(error, key);
+    } finally {
+      signal?.removeEventListener('abort', stop);
+    }
+  }
+
+  async function get(key: string, signal?: AbortSignal): Promise<Readable> {
+    const { Body } = await call(
+      key,
+      () => client.send(new GetObjectCommand(at(key)), abortable(signal)),
+      signal,
+    );
+    return Body as Readable;
+  }
+
+  async function remove(key: string): Promise<void> {
+    await call(key, () => client.send(new DeleteObjectCommand(at(key)))).catch((error) => {
+      if (!(error instanceof ObjectNotFound)) throw error;
+    });
+  }
+
+  async function* list(prefix: string): AsyncIterable<StoredObject> {
+    let continuation: string | undefined;
+    do {
+      const page: ListObjectsV2CommandOutput = await call(prefix, () =>
+        client.send(
+          new ListObjectsV2Command({
+            Bucket: bucket,
+            Prefix: root + prefix,
+            ...(continuation ? { ContinuationToken: continuation } : {}),
+          }),
+        ),
+      );
+      for (const { Key, Size, LastModified } of page.Contents ?? []) {
+        yield { key: Key!.slice(root.length), size: Size ?? 0, lastModified: LastModified ?? new Date(0) };
+      }
+      continuation = page.IsTruncated ? page.NextContinuationToken : undefined;
+    } while (continuation !== undefined);
+  }
+
+  return {
+    description: `bucket ${bucket}/${root}${endpoint ? ` at ${new URL(endpoint).host}` : ''}`,
+    put,
+    get,
+    async read(key, signal) {
+      const stream = await get(key, signal);
+      return call(key, async () => Buffer.concat(await stream.toArray()), signal);
+    },
+    async stat(key) {
+      try {
+        const head = await call(key, () => client.send(new HeadObjectCommand(at(key))));
+        return { key, size: head.ContentLength ?? 0, lastModified: head.LastModified ?? new Date(0) };
+      } catch (error) {
+        if (error instanceof ObjectNotFound) return undefined;
+        throw error;
+      }
+    },
+    delete: remove,
+    list,
+    async probe() {
+      const key = `probe/${process.pid}`;
+      await put(key, Buffer.from('probe'));
+      await remove(key);
+    },
+    close: () => client.destroy(),
+  };
+}
+
+/** The SDK's errors: absence has three names, the rest says that the storage cannot be used now. */
+function normalise(error: unknown, key: string): unknown {
+  if (error instanceof S3ServiceException) {
+    if (
+      ['NoSuchKey', 'NotFound'].includes(error.name) ||
+      (error.$metadata.httpStatusCode === 404 && error.name !== 'NoSuchBucket')
+    ) {
+      return new ObjectNotFound(key);
+    }
+    return new InfrastructureFault(
+      'storage',
+      `Object storage answered ${error.name}: ${error.message}`,
+      error,
+    );
+  }
+  if (error instanceof Error && error.name !== 'AbortError') {
+    return new InfrastructureFault('storage', `Object storage cannot be reached: ${error.message}`, error);
+  }
+  return error;
+}

@@ -1,11 +1,11 @@
 /** Connections to Redis: how each kind behaves while Redis is away. */
-import { Redis, type RedisOptions } from 'ioredis';
+import { Redis } from 'ioredis';
 import { InfrastructureFault, isRedisAway, StartupError } from './errors.ts';
 
 /** Accepts `redis://`, `rediss://` and `unix:///path/to.sock`. */
-function optionsFor(url: string): { target: string; options: RedisOptions } {
-  if (url.startsWith('unix://')) return { target: new URL(url).pathname, options: {} };
-  if (/^rediss?:\/\//.test(url)) return { target: url, options: {} };
+function targetOf(url: string): string {
+  if (url.startsWith('unix://')) return new URL(url).pathname;
+  if (/^rediss?:\/\//.test(url)) return url;
   throw new StartupError('REDIS_URL must begin with redis://, rediss:// or unix://.');
 }
 
@@ -16,9 +16,7 @@ const retryStrategy = (attempt: number) => Math.min(100 * 2 ** Math.min(attempt,
  * that HTTP answers 503 and a stage gives its job back.
  */
 export function connectRedis(url: string): Redis {
-  const { target, options } = optionsFor(url);
-  const redis = new Redis(target, {
-    ...options,
+  const redis = new Redis(targetOf(url), {
     retryStrategy,
     enableOfflineQueue: false,
     maxRetriesPerRequest: 0,
@@ -33,8 +31,7 @@ export function connectRedis(url: string): Redis {
 
 /** For BullMQ workers and subscribers, which must outlive an absence of Redis and go on. */
 export function connectRedisForWorker(url: string): Redis {
-  const { target, options } = optionsFor(url);
-  const redis = new Redis(target, { ...options, retryStrategy, maxRetriesPerRequest: null });
+  const redis = new Redis(targetOf(url), { retryStrategy, maxRetriesPerRequest: null });
   redis.on('error', () => {});
   return redis;
 }

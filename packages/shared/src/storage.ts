@@ -1,13 +1,10 @@
 /**
  * Object storage: audio, tensors and spectrograms. Two real drivers behind one contract suite
- * (`storage.test.ts`): a directory for one machine, S3 for many.
+ * (`storage.test.ts`): a directory for one machine, S3 for many; `open-storage.ts` chooses by URL.
  */
 import { createWriteStream } from 'node:fs';
 import type { Readable } from 'node:stream';
 import { pipeline } from 'node:stream/promises';
-import { StartupError } from './errors.ts';
-import { createFileStorage } from './storage-file.ts';
-import { createS3Storage } from './storage-s3.ts';
 
 export interface StoredObject {
   readonly key: string;
@@ -44,22 +41,6 @@ export class ObjectNotFound extends Error {
     super(`no object at ${key}`);
     this.key = key;
   }
-}
-
-/**
- * @param url `file:///absolute/dir`, or `s3://bucket/prefix?endpoint=http://host:port&region=...` with
- *   credentials from the SDK's usual chain (AWS_ACCESS_KEY_ID, ... or the instance's role).
- */
-export function openStorage(url: string): Storage {
-  let parsed: URL;
-  try {
-    parsed = new URL(url);
-  } catch (cause) {
-    throw new StartupError(`STORAGE_URL is not a URL: use file:///dir or s3://bucket/prefix.`, { cause });
-  }
-  if (parsed.protocol === 'file:') return createFileStorage(parsed);
-  if (parsed.protocol === 's3:') return createS3Storage(parsed);
-  throw new StartupError(`STORAGE_URL begins with ${parsed.protocol}: use file: or s3:.`);
 }
 
 /** Streams an object into a local file, which exists only when it is complete. @throws {ObjectNotFound} */

@@ -28,7 +28,9 @@ export async function startRedis({ args = [] as string[], appendOnly = false } =
     const redis = connectRedisForWorker(url);
     await Promise.race([
       redis.ping(),
-      sleep(15_000, undefined, { ref: false }).then(() => Promise.reject(new Error('redis-server did not start'))),
+      sleep(15_000, undefined, { ref: false }).then(() =>
+        Promise.reject(new Error('redis-server did not start')),
+      ),
     ]).finally(() => redis.disconnect());
   }
 

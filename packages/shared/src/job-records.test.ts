@@ -34,7 +34,16 @@ const decoded: Decoded = {
   contentId: 's',
   tensorKey: 'tensors/x',
   windows: [{ start: 0, end: 30, validFrames: 128, dbAt0: -70, dbAt255: 0, peakDbfs: -1, silent: false }],
-  input: { container: 'mp3', codec: 'mp3', sampleRate: 44_100, channels: 2, duration: 30, analysedStart: 0, analysedEnd: 30, bandwidth: 11_025 },
+  input: {
+    container: 'mp3',
+    codec: 'mp3',
+    sampleRate: 44_100,
+    channels: 2,
+    duration: 30,
+    analysedStart: 0,
+    analysedEnd: 30,
+    bandwidth: 11_025,
+  },
   warnings: [],
 };
 const outcome: Outcome = { probabilities: [0.25, 0.75], windows: [[0.25, 0.75]], provider: 'cpu' };
@@ -54,8 +63,13 @@ describe('the job record', () => {
     await server[Symbol.asyncDispose]();
   });
 
-  const refOf = ({ id, generation }: { id: string; generation: number }) => ({ tenant, jobId: id, generation });
-  const events = async () => (await redis.xrange(`as:{${tenant}}:events`, '-', '+')).map(([, [, json]]) => JSON.parse(json!));
+  const refOf = ({ id, generation }: { id: string; generation: number }) => ({
+    tenant,
+    jobId: id,
+    generation,
+  });
+  const events = async () =>
+    (await redis.xrange(`as:{${tenant}}:events`, '-', '+')).map(([, [, json]]) => JSON.parse(json!));
   async function jobIn(state: JobState): Promise<JobRecord> {
     const job = draft();
     await records.create(job);
@@ -65,7 +79,12 @@ describe('the job record', () => {
 
   test('a created record reads back as it was written, queued, at version 1', async () => {
     const job = draft();
-    assert.deepEqual(await records.create(job), { outcome: 'committed', state: 'queued', generation: 1, version: 1 });
+    assert.deepEqual(await records.create(job), {
+      outcome: 'committed',
+      state: 'queued',
+      generation: 1,
+      version: 1,
+    });
     const { updatedAt, ...read } = (await records.get(tenant, job.id))!;
     assert.deepEqual(read, { ...job, state: 'queued', version: 1 });
     assert.ok(Math.abs(updatedAt - Date.now()) < 5_000);
@@ -86,7 +105,11 @@ describe('the job record', () => {
     await records.create(job);
     await records.commit(ref, { from: ['queued', 'decoding'], to: 'decoding', add: { decodeStarts: 1 } });
     await records.commit(ref, { from: ['decoding'], to: 'decoded', set: { decoded } });
-    await records.commit(ref, { from: ['decoded', 'classifying'], to: 'classifying', add: { inferenceStarts: 1 } });
+    await records.commit(ref, {
+      from: ['decoded', 'classifying'],
+      to: 'classifying',
+      add: { inferenceStarts: 1 },
+    });
     const last = await records.commit(ref, { from: ['classifying'], to: 'completed', set: { outcome } });
     assert.deepEqual(last, { outcome: 'committed', state: 'completed', generation: 1, version: 5 });
     const record = await records.get(tenant, job.id);
@@ -107,7 +130,10 @@ describe('the job record', () => {
     const job = await jobIn('decoding');
     const step = { from: ['decoding'], to: 'decoded', set: { decoded } } as const;
     const first = await records.commit(refOf(job), step);
-    const second = await records.commit(refOf(job), { ...step, set: { decoded: { ...decoded, contentId: 'other' } } });
+    const second = await records.commit(refOf(job), {
+      ...step,
+      set: { decoded: { ...decoded, contentId: 'other' } },
+    });
     assert.equal(second.outcome, 'already');
     assert.equal(second.version, first.version);
     assert.equal((await records.get(tenant, job.id))?.decoded?.contentId, 's');
@@ -115,25 +141,37 @@ describe('the job record', () => {
 
   test('a step that lies behind the record answers already: a late delivery only hands on', async () => {
     const job = await jobIn('completed');
-    assert.equal((await records.commit(refOf(job), { from: ['queued', 'decoding'], to: 'decoding' })).outcome, 'already');
+    assert.equal(
+      (await records.commit(refOf(job), { from: ['queued', 'decoding'], to: 'decoding' })).outcome,
+      'already',
+    );
     assert.equal((await records.get(tenant, job.id))?.state, 'completed');
   });
 
   test('of many workers that commit the same result at once exactly one is committed, with one event', async () => {
     const job = await jobIn('classifying');
     const before = (await events()).length;
-    const step = { from: ['classifying'], to: 'completed', set: { outcome }, events: [{ type: 'job.completed' }] } as const;
+    const step = {
+      from: ['classifying'],
+      to: 'completed',
+      set: { outcome },
+      events: [{ type: 'job.completed' }],
+    } as const;
     const all = await Promise.all(Array.from({ length: 50 }, () => records.commit(refOf(job), step)));
     assert.equal(all.filter((one) => one.outcome === 'committed').length, 1);
     assert.equal(all.filter((one) => one.outcome === 'already').length, 49);
     const mine = (await events()).slice(before);
-    assert.deepEqual(mine.map(({ type, jobId }) => [type, jobId]), [['job.completed', job.id]]);
+    assert.deepEqual(
+      mine.map(({ type, jobId }) => [type, jobId]),
+      [['job.completed', job.id]],
+    );
   });
 
   test('completion and cancellation that race leave exactly one ending', async () => {
     for (let round = 0; round < 40; round += 1) {
       const job = await jobIn('classifying');
-      const finish = () => records.commit(refOf(job), { from: ['classifying'], to: 'completed', set: { outcome } });
+      const finish = () =>
+        records.commit(refOf(job), { from: ['classifying'], to: 'completed', set: { outcome } });
       const cancel = () => records.commit(refOf(job), { from: anyOpenState, to: 'cancelled' });
       const [a, b] = await Promise.all(round % 2 ? [finish(), cancel()] : [cancel(), finish()]);
       assert.equal([a, b].filter((one) => one.outcome === 'committed').length, 1);
@@ -153,7 +191,12 @@ describe('the job record', () => {
   });
 
   test('a finished job keeps its ending', async () => {
-    for (const [ending, other] of [['completed', 'failed'], ['completed', 'cancelled'], ['failed', 'completed'], ['failed', 'cancelled']] as const) {
+    for (const [ending, other] of [
+      ['completed', 'failed'],
+      ['completed', 'cancelled'],
+      ['failed', 'completed'],
+      ['failed', 'cancelled'],
+    ] as const) {
       const job = await jobIn(ending);
       const result = await records.commit(refOf(job), { from: anyOpenState, to: other });
       assert.deepEqual([result.outcome, result.state], ['refused', ending], `${ending} -> ${other}`);
@@ -162,16 +205,27 @@ describe('the job record', () => {
 
   test('a failed job is not mistaken for one that has gone on', async () => {
     const job = await jobIn('failed');
-    assert.equal((await records.commit(refOf(job), { from: ['decoding'], to: 'decoded' })).outcome, 'refused');
+    assert.equal(
+      (await records.commit(refOf(job), { from: ['decoding'], to: 'decoded' })).outcome,
+      'refused',
+    );
   });
 
   test('under a raised generation every worker of the old one is refused', async () => {
     const job = await jobIn('classifying');
     const raised = await records.commit(refOf(job), {
-      from: ['classifying'], to: 'queued', raiseGeneration: true, clear: ['decoded'], add: { redecodes: 1 },
+      from: ['classifying'],
+      to: 'queued',
+      raiseGeneration: true,
+      clear: ['decoded'],
+      add: { redecodes: 1 },
     });
     assert.deepEqual([raised.outcome, raised.generation], ['committed', 2]);
-    const late = await records.commit(refOf(job), { from: ['classifying'], to: 'completed', set: { outcome } });
+    const late = await records.commit(refOf(job), {
+      from: ['classifying'],
+      to: 'completed',
+      set: { outcome },
+    });
     assert.deepEqual([late.outcome, late.state, late.generation], ['refused', 'queued', 2]);
     const next = await records.commit({ ...refOf(job), generation: 2 }, { from: ['queued'], to: 'decoding' });
     assert.equal(next.outcome, 'committed');
@@ -196,7 +250,10 @@ describe('the job record', () => {
   test('the same job id under another tenant is another job', async () => {
     const job = draft();
     await records.create(job);
-    const result = await records.commit({ tenant: 'other', jobId: job.id, generation: 1 }, { from: ['queued'], to: 'decoding' });
+    const result = await records.commit(
+      { tenant: 'other', jobId: job.id, generation: 1 },
+      { from: ['queued'], to: 'decoding' },
+    );
     assert.equal(result.outcome, 'missing');
   });
 
@@ -246,7 +303,10 @@ describe('the job record', () => {
     for (let n = 0; n < 400; n += 1) {
       const job = draft({ tenant: 'busy' });
       await few.create(job);
-      await few.commit({ tenant: 'busy', jobId: job.id, generation: 1 }, { from: ['queued'], to: 'failed', events: [{ type: 'job.failed' }] });
+      await few.commit(
+        { tenant: 'busy', jobId: job.id, generation: 1 },
+        { from: ['queued'], to: 'failed', events: [{ type: 'job.failed' }] },
+      );
     }
     const length = await redis.xlen('as:{busy}:events');
     assert.ok(length >= 100 && length < 350, `${length}`);

@@ -47,26 +47,29 @@ export async function withRedis<T>(operation: () => Promise<T>): Promise<T> {
 }
 
 /**
- * Checks once what this version relies on.
- * @throws {StartupError} on a cluster: every key is laid out for one, nobody has proven it yet.
+ * The readiness check of a connection: writes a key, since a Redis that refuses writes (full, a read-only
+ * replica) is not ready; and, once, that this Redis is one that the service can rely on.
+ *
+ * The check throws {@link StartupError} on a cluster (every key is laid out for one, nobody has proven it yet)
+ * and on a Redis that evicts keys.
  */
-export async function checkRedis(redis: Redis): Promise<void> {
-  const info = await redis.info();
-  if (/^cluster_enabled:1/m.test(info)) {
-    throw new StartupError(
-      'This Redis runs in cluster mode, which AcousticSense does not support yet: use a single Redis or Sentinel.',
-    );
-  }
-  const policy = /^maxmemory_policy:(\S+)/m.exec(info)?.[1];
-  const limited = !/^maxmemory:0\s*$/m.test(info);
-  if (limited && policy !== 'noeviction') {
-    throw new StartupError(
-      `This Redis evicts keys (maxmemory-policy ${policy}), which would lose jobs: set it to noeviction.`,
-    );
-  }
-}
-
-/** Writes and deletes a key: a Redis that refuses writes (full, read-only replica) is not ready. */
-export async function probeRedis(redis: Redis): Promise<void> {
-  await redis.set(`as:probe:${process.pid}`, '1', 'EX', 10);
+export function redisCheck(redis: Redis): () => Promise<void> {
+  let fit = false;
+  return async () => {
+    await redis.set(`as:probe:${process.pid}`, '1', 'EX', 10);
+    if (fit) return;
+    const info = await redis.info();
+    if (/^cluster_enabled:1/m.test(info)) {
+      throw new StartupError(
+        'This Redis runs in cluster mode, which AcousticSense does not support yet: use a single Redis or Sentinel.',
+      );
+    }
+    const policy = /^maxmemory_policy:(\S+)/m.exec(info)?.[1];
+    if (!/^maxmemory:0\s*$/m.test(info) && policy !== 'noeviction') {
+      throw new StartupError(
+        `This Redis evicts keys (maxmemory-policy ${policy}), which would lose jobs: set it to noeviction.`,
+      );
+    }
+    fit = true;
+  };
 }

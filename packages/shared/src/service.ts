@@ -71,6 +71,8 @@ export async function startService(
         try {
           await withTimeout(check(), checkTimeoutMs);
         } catch (error) {
+          // Not something that passes: what the service was pointed at can never serve it.
+          if (error instanceof StartupError) refuse(log, error);
           reasons[part] = error instanceof Error ? error.message : String(error);
         }
       }),

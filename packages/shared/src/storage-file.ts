@@ -17,6 +17,7 @@ export function createFileStorage(url: URL): Storage {
   const root = path.resolve(fileURLToPath(url));
   const parts = path.join(root, partsDirectory);
   let sequence = 0;
+  void clearOldParts(parts).catch(() => {});
 
   function fileOf(key: string): string {
     const segments = key.split('/');
@@ -136,6 +137,14 @@ export function createFileStorage(url: URL): Storage {
     },
     close() {},
   };
+}
+
+/** What a killed process was writing; a day old, so that nobody is writing it now. */
+async function clearOldParts(parts: string): Promise<void> {
+  for await (const { name } of await opendir(parts)) {
+    const part = path.join(parts, name);
+    if (Date.now() - (await stat(part)).mtimeMs > 86_400_000) await rm(part, { force: true });
+  }
 }
 
 /** A concurrent delete may remove the directory between mkdir and rename: then once more. */

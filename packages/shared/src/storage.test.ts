@@ -1,0 +1,240 @@
+/**
+ * One contract, every driver. S3 runs against a real server that speaks the protocol: s3rver by default, and
+ * whatever S3_TEST_URL names (s3://bucket?endpoint=..., credentials in the usual variables) in addition.
+ */
+import assert from 'node:assert/strict';
+import { randomBytes, randomUUID } from 'node:crypto';
+import { chmod, mkdtemp, readdir, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import path from 'node:path';
+import { Readable } from 'node:stream';
+import { after, before, describe, test } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { pathToFileURL } from 'node:url';
+import S3rver from 's3rver';
+import { InfrastructureFault, StartupError } from './errors.ts';
+import { openStorage } from './open-storage.ts';
+import { deletePrefix, ObjectNotFound, type Storage, toScratch } from './storage.ts';
+
+interface Driver {
+  name: string;
+  /** @returns the storage's URL, how many unfinished writes lie about, and how to end it. */
+  open(): Promise<{ url: string; leftovers?: () => Promise<number>; close(): Promise<void> }>;
+}
+
+const drivers: Driver[] = [
+  {
+    name: 'a directory',
+    async open() {
+      const directory = await mkdtemp(path.join(tmpdir(), 'as storage ü-'));
+      const leftovers = async () => (await readdir(path.join(directory, '.parts')).catch(() => [])).length;
+      return {
+        url: pathToFileURL(directory).href,
+        leftovers,
+        close: () => rm(directory, { recursive: true }),
+      };
+    },
+  },
+  {
+    name: 's3rver',
+    async open() {
+      process.env['AWS_ACCESS_KEY_ID'] ??= 'S3RVER';
+      process.env['AWS_SECRET_ACCESS_KEY'] ??= 'S3RVER';
+      const directory = await mkdtemp(path.join(tmpdir(), 'as-s3rver-'));
+      const server = new S3rver({
+        port: 0,
+        address: '127.0.0.1',
+        silent: true,
+        directory,
+        configureBuckets: [{ name: 'music', configs: [] }],
+      });
+      const { port } = await server.run();
+      return {
+        url: `s3://music/some/prefix?endpoint=http://127.0.0.1:${port}&region=us-east-1`,
+        async close() {
+          await server.close();
+          await rm(directory, { recursive: true, force: true });
+        },
+      };
+    },
+  },
+];
+const external = process.env['S3_TEST_URL'];
+if (external)
+  drivers.push({
+    name: `the server of S3_TEST_URL`,
+    open: async () => ({ url: external, close: async () => {} }),
+  });
+
+for (const driver of drivers) {
+  describe(`storage in ${driver.name}`, () => {
+    let storage: Storage;
+    let opened: Awaited<ReturnType<Driver['open']>>;
+    const root = `contract-${randomUUID()}/`;
+    before(async () => {
+      opened = await driver.open();
+      storage = openStorage(opened.url);
+    });
+    after(async () => {
+      await deletePrefix(storage, root);
+      storage.close();
+      await opened.close();
+    });
+    const keysUnder = async (prefix: string) => {
+      const keys = [];
+      for await (const { key } of storage.list(root + prefix)) keys.push(key.slice(root.length));
+      return keys.sort();
+    };
+
+    test('what was put is read back, as bytes and as a stream, with its size', async () => {
+      const bytes = randomBytes(100_000);
+      await storage.put(`${root}a/b`, bytes);
+      assert.ok((await storage.read(`${root}a/b`)).equals(bytes));
+      assert.ok(Buffer.concat(await (await storage.get(`${root}a/b`)).toArray()).equals(bytes));
+      const stat = await storage.stat(`${root}a/b`);
+      assert.equal(stat?.size, 100_000);
+      assert.ok(Math.abs(stat!.lastModified.getTime() - Date.now()) < 60_000);
+    });
+
+    test('a stream of unknown length, larger than one multipart part, arrives whole', async () => {
+      const chunk = randomBytes(1 << 20);
+      await storage.put(`${root}big`, Readable.from(Array.from({ length: 13 }, () => chunk)));
+      assert.equal((await storage.stat(`${root}big`))?.size, 13 << 20);
+      assert.ok((await storage.read(`${root}big`)).subarray(12 << 20).equals(chunk));
+    });
+
+    test('an empty object is an object', async () => {
+      await storage.put(`${root}empty`, Readable.from([]));
+      assert.equal((await storage.stat(`${root}empty`))?.size, 0);
+      assert.equal((await storage.read(`${root}empty`)).length, 0);
+    });
+
+    test('a second put replaces the object', async () => {
+      await storage.put(`${root}twice`, Buffer.from('first, and longer'));
+      await storage.put(`${root}twice`, Buffer.from('second'));
+      assert.equal((await storage.read(`${root}twice`)).toString(), 'second');
+    });
+
+    test('what is not there: get and read say so, stat is undefined, delete is no error', async () => {
+      await assert.rejects(storage.get(`${root}none`), ObjectNotFound);
+      await assert.rejects(storage.read(`${root}none`), ObjectNotFound);
+      assert.equal(await storage.stat(`${root}none`), undefined);
+      await storage.delete(`${root}none`);
+    });
+
+    test('a deleted object is gone', async () => {
+      await storage.put(`${root}gone`, Buffer.from('x'));
+      await storage.delete(`${root}gone`);
+      assert.equal(await storage.stat(`${root}gone`), undefined);
+    });
+
+    test('a source stream that fails leaves no object, and its own error comes out', async () => {
+      const broken = Readable.from(
+        (async function* () {
+          yield randomBytes(6 << 20);
+          throw new Error('the line was cut');
+        })(),
+      );
+      await assert.rejects(storage.put(`${root}broken`, broken), /the line was cut/);
+      assert.equal(await storage.stat(`${root}broken`), undefined);
+      assert.equal((await opened.leftovers?.()) ?? 0, 0);
+    });
+
+    test('an aborted put leaves no object', async () => {
+      const controller = new AbortController();
+      const endless = Readable.from(
+        (async function* () {
+          for (;;) {
+            yield randomBytes(1 << 16);
+            await sleep(1);
+          }
+        })(),
+      );
+      const put = storage.put(`${root}aborted`, endless, controller.signal);
+      setTimeout(() => controller.abort(), 100);
+      await assert.rejects(put, { name: 'AbortError' });
+      assert.equal(await storage.stat(`${root}aborted`), undefined);
+      assert.equal((await opened.leftovers?.()) ?? 0, 0);
+    });
+
+    test('list finds exactly the keys that begin with the prefix', async () => {
+      for (const key of ['l/1', 'l/2', 'l/sub/3', 'l2/4']) await storage.put(root + key, Buffer.from('x'));
+      assert.deepEqual(await keysUnder('l/'), ['l/1', 'l/2', 'l/sub/3']);
+      assert.deepEqual(await keysUnder('l'), ['l/1', 'l/2', 'l/sub/3', 'l2/4']);
+      assert.deepEqual(await keysUnder('l/s'), ['l/sub/3']);
+      assert.deepEqual(await keysUnder('nothing/'), []);
+    });
+
+    test('deletePrefix removes all under a prefix and nothing beside it', async () => {
+      for (const key of ['d/1', 'd/x/2', 'd2/3']) await storage.put(root + key, Buffer.from('x'));
+      assert.equal(await deletePrefix(storage, `${root}d/`), 2);
+      assert.deepEqual(await keysUnder('d'), ['d2/3']);
+    });
+
+    test('many writers and deleters at once in one prefix do not disturb each other', async () => {
+      await Promise.all(
+        Array.from({ length: 60 }, async (_, n) => {
+          await storage.put(`${root}m/${n % 5}/${n}`, Buffer.from(String(n)));
+          if (n % 2) await storage.delete(`${root}m/${n % 5}/${n}`);
+        }),
+      );
+      assert.equal((await keysUnder('m/')).length, 30);
+    });
+
+    test('toScratch copies an object into a local file', async () => {
+      const directory = await mkdtemp(path.join(tmpdir(), 'as-scratch-'));
+      await storage.put(`${root}scratch`, Buffer.from('music'));
+      await toScratch(storage, `${root}scratch`, path.join(directory, 'audio'), new AbortController().signal);
+      assert.deepEqual(await readdir(directory), ['audio']);
+      await rm(directory, { recursive: true });
+    });
+
+    test('the probe passes and leaves nothing behind', async () => {
+      await storage.probe();
+      const left = [];
+      for await (const { key } of storage.list('probe/')) left.push(key);
+      assert.deepEqual(left, []);
+    });
+  });
+}
+
+describe('storage that is away or wrongly named', () => {
+  test('an S3 server that does not answer is an infrastructure fault', async () => {
+    const storage = openStorage('s3://music?endpoint=http://127.0.0.1:9&region=us-east-1');
+    await assert.rejects(storage.read('x'), InfrastructureFault);
+    await assert.rejects(storage.put('x', Buffer.from('x')), InfrastructureFault);
+    await assert.rejects(storage.probe(), InfrastructureFault);
+    storage.close();
+  });
+
+  test('a bucket that does not exist is an infrastructure fault, not a missing object', async () => {
+    const { url, close } = await drivers[1]!.open();
+    const storage = openStorage(url.replace('music', 'other'));
+    await assert.rejects(storage.read('x'), InfrastructureFault);
+    storage.close();
+    await close();
+  });
+
+  test('a directory that may not be written is an infrastructure fault', {
+    skip: process.getuid?.() === 0 && 'root may write everywhere',
+  }, async () => {
+    const directory = await mkdtemp(path.join(tmpdir(), 'as-ro-'));
+    await chmod(directory, 0o500);
+    await assert.rejects(
+      openStorage(pathToFileURL(directory).href).put('x', Buffer.from('x')),
+      InfrastructureFault,
+    );
+    await rm(directory, { recursive: true });
+  });
+
+  test('a path that leaves the directory is refused', async () => {
+    const storage = openStorage(pathToFileURL(tmpdir()).href);
+    for (const key of ['../x', 'a/../../x', '/x', 'a//b', ''])
+      await assert.rejects(storage.put(key, Buffer.from('x')), TypeError, key);
+  });
+
+  test('another kind of URL is refused with a sentence', () => {
+    for (const url of ['ftp://x/y', 'data', 'file://relative/dir', 's3://'])
+      assert.throws(() => openStorage(url), StartupError, url);
+  });
+});

@@ -1,0 +1,285 @@
+/** The HTTP surface: which path does what. */
+import path from 'node:path';
+import { InfrastructureFault, ProblemError, toProblemJson } from '@acousticsense/shared/errors';
+import { spectrogramKey } from '@acousticsense/shared/object-keys';
+import { isFinished } from '@acousticsense/shared/pipeline';
+import type { Service } from '@acousticsense/shared/service';
+import { ObjectNotFound, type Storage } from '@acousticsense/shared/storage';
+import { parseNpy } from '@acousticsense/shared/tensor';
+import express, { type ErrorRequestHandler, type Express, type Request, type Response } from 'express';
+import helmet from 'helmet';
+import { Histogram } from 'prom-client';
+import { guardAccess } from './access.ts';
+import type { Changes } from './changes.ts';
+import type { ApiConfig } from './config.ts';
+import { type Jobs, parseOptions } from './jobs.ts';
+import { openApiDocument } from './openapi.ts';
+import { topGenres } from './presentation.ts';
+import { type ModelResource, type Prediction, spectrogramQuerySchema } from './schemas.ts';
+import { drawSpectrogram, side } from './spectrogram.ts';
+
+export interface AppDeps {
+  readonly service: Service;
+  readonly config: ApiConfig;
+  readonly jobs: Jobs;
+  readonly changes: Changes;
+  readonly storage: Storage;
+}
+
+/** One tenant until tenants have keys of their own; every key and object is laid out for many. */
+const tenant = 'default';
+
+export function createApp({ service, config, jobs, changes, storage }: AppDeps): Express {
+  const app = express();
+  app.disable('x-powered-by');
+  app.disable('etag');
+  app.set('query parser', 'simple');
+  app.use(measureRequests(service));
+  app.use(securityHeaders);
+  app.use(guardAccess(config));
+  app.use(async (request, response, next) => {
+    if (!(await service.handleHealth(request, response))) next();
+  });
+
+  app.post('/v1/jobs', async (request, response) => {
+    const record = await jobs.accept(request, tenant, 'file');
+    const job = await jobs.present(record);
+    response.status(202).location(job.links.self).json(job);
+  });
+  app.get('/v1/jobs/:id', async (request, response) => {
+    const record = await jobs.get(tenant, request.params.id);
+    response.set('cache-control', 'no-store').json(await jobs.present(record));
+  });
+  app.delete('/v1/jobs/:id', async (request, response) => {
+    const cancelled = await jobs.cancelOrDelete(tenant, request.params.id);
+    if (cancelled) response.json(await jobs.present(cancelled));
+    else response.status(204).end();
+  });
+  app.get('/v1/jobs/:id/events', async (request, response) => {
+    await jobs.get(tenant, request.params.id);
+    await streamEvents(request, response, request.params.id);
+  });
+  app.get('/v1/jobs/:id/spectrogram.png', async (request, response) => {
+    const { scale } = parseOptions(spectrogramQuerySchema, request.query);
+    const record = await jobs.get(tenant, request.params.id);
+    if (!record.decoded) {
+      if (!isFinished(record.state)) {
+        throw new ProblemError(
+          'job_not_finished',
+          'The audio is not decoded yet; the spectrogram comes with the state "decoded".',
+          { retryAfter: 1 },
+        );
+      }
+      throw new ProblemError(
+        'no_spectrogram',
+        `The job ended as ${record.state} before its audio was decoded.`,
+      );
+    }
+    const image = await storage.read(spectrogramKey(tenant, record.id)).catch((error) => {
+      throw error instanceof ObjectNotFound
+        ? new ProblemError('no_spectrogram', 'The spectrogram of this job is no longer stored.')
+        : error;
+    });
+    const name = `${path.parse(record.audio.filename).name || 'spectrogram'}-mel.png`;
+    response
+      .set('content-type', 'image/png')
+      .set('cache-control', 'private, max-age=3600')
+      .set('content-disposition', `inline; filename*=UTF-8''${encodeURIComponent(name)}`)
+      .end(drawSpectrogram(parseNpy(image), side * scale));
+  });
+  app.get('/v1/model', async (_request, response) => {
+    const { description, provider } = await jobs.servedModel();
+    response.set('cache-control', 'no-store').json({
+      ...description,
+      provider,
+      retention: {
+        audioHours: config.audioRetentionMs / 3_600_000,
+        resultDays: config.resultRetentionMs / 86_400_000,
+      },
+      limits: { maxBytes: config.maxUploadBytes, maxDurationSeconds: config.maxDurationSeconds },
+    } satisfies ModelResource);
+  });
+  app.post(['/api/predict', '/api/predict/'], async (request, response) => {
+    const accepted = await jobs.accept(request, tenant, 'data');
+    const gone = new AbortController();
+    response.on('close', () => gone.abort());
+    const record = await jobs.waitForEnd(tenant, accepted.id, config.predictTimeoutMs, gone.signal);
+    if (record.error) throw new ProblemError(record.error.code, record.error.message);
+    const job = await jobs.present(record);
+    if (!job.result) throw new ProblemError('internal_error', `The job ended as ${record.state}.`);
+    response.json({
+      prediction: topGenres(
+        Object.values(job.result.probabilities),
+        Object.keys(job.result.probabilities),
+        record.presentation.topK,
+      ),
+      mel_spectrogram_url: `${request.protocol}://${request.headers.host}${job.links.spectrogram}`,
+    } satisfies Prediction);
+  });
+  app.get('/openapi.json', (_request, response) => {
+    response.json(openApiDocument());
+  });
+  app.all(
+    [
+      '/v1/jobs',
+      '/v1/jobs/:id',
+      '/v1/jobs/:id/events',
+      '/v1/jobs/:id/spectrogram.png',
+      '/v1/model',
+      '/api/predict',
+      '/api/predict/',
+    ],
+    (request) => {
+      throw new ProblemError(
+        'method_not_allowed',
+        `${request.method} is not served at ${request.path}; see /openapi.json.`,
+      );
+    },
+  );
+  app.use(
+    express.static(config.webDirectory, {
+      setHeaders: (response, file) => {
+        // Names under assets/ hold a hash of their content.
+        const immutable = path.basename(path.dirname(file)) === 'assets';
+        response.set('cache-control', immutable ? 'public, max-age=31536000, immutable' : 'no-cache');
+      },
+    }),
+  );
+  app.use((request) => {
+    throw new ProblemError(
+      'not_found',
+      `There is nothing at ${request.path.slice(0, 100)}; see /openapi.json.`,
+    );
+  });
+  app.use(answerProblem(service));
+
+  /** Server-sent events: a snapshot, then every change; `Last-Event-ID` is the record's version. */
+  async function streamEvents(request: Request, response: Response, id: string): Promise<void> {
+    const gone = new AbortController();
+    response.on('close', () => gone.abort());
+    response.writeHead(200, {
+      'content-type': 'text/event-stream',
+      'cache-control': 'no-store',
+      'x-accel-buffering': 'no',
+    });
+    response.write('retry: 1000\n\n');
+    const seen = Number(request.headers['last-event-id'] ?? 0) || 0;
+    const signal = AbortSignal.any([gone.signal, service.closing]);
+    try {
+      for await (const change of changes.follow(tenant, id, signal)) {
+        if (change === 'heartbeat') response.write(': heartbeat\n\n');
+        else if ('fraction' in change) {
+          response.write(
+            `event: progress\ndata: ${JSON.stringify({ state: change.stage, fraction: change.fraction })}\n\n`,
+          );
+        } else if (change.version > seen || isFinished(change.state)) {
+          response.write(
+            `id: ${change.version}\nevent: job\ndata: ${JSON.stringify(await jobs.present(change))}\n\n`,
+          );
+        }
+      }
+    } catch (error) {
+      // The client reconnects by itself, and gets a snapshot.
+      service.log.warn({ err: error, jobId: id }, 'event stream ended');
+    }
+    response.end();
+  }
+
+  return app;
+}
+
+const securityHeaders = helmet({
+  contentSecurityPolicy: {
+    useDefaults: false,
+    directives: {
+      defaultSrc: ["'self'"],
+      imgSrc: ["'self'", 'blob:', 'data:'],
+      mediaSrc: ["'self'", 'blob:'],
+      styleSrc: ["'self'"],
+      scriptSrc: ["'self'"],
+      connectSrc: ["'self'"],
+      objectSrc: ["'none'"],
+      baseUri: ["'none'"],
+      formAction: ["'self'"],
+      frameAncestors: ["'none'"],
+    },
+  },
+  // On plain HTTP this header would be ignored at best; whoever ends TLS in front sets it.
+  strictTransportSecurity: false,
+});
+
+function measureRequests(service: Service): express.RequestHandler {
+  const seconds = new Histogram({
+    name: 'acousticsense_http_request_seconds',
+    help: 'Time to answer a request, by route.',
+    labelNames: ['method', 'route', 'status'],
+    buckets: [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30],
+    registers: [service.registry],
+  });
+  return (request, response, next) => {
+    const from = performance.now();
+    response.on('finish', () => {
+      const route = (request.route as { path?: string | string[] } | undefined)?.path ?? 'other';
+      seconds.observe(
+        {
+          method: request.method,
+          route: String(Array.isArray(route) ? route[0] : route),
+          status: response.statusCode,
+        },
+        (performance.now() - from) / 1_000,
+      );
+    });
+    next();
+  };
+}
+
+/** Every error leaves as problem+json; what is not a caller's problem is logged and told without its insides. */
+function answerProblem(service: Service): ErrorRequestHandler {
+  return (error: unknown, request, response, _next) => {
+    const problem = toProblem(error);
+    if (problem.status >= 500) service.log.error({ err: error, path: request.path }, 'request failed');
+    if (response.headersSent) {
+      response.destroy();
+      return;
+    }
+    // The rest of an upload that is refused is read away for a moment, so that the client sees the answer.
+    if (!request.complete) {
+      response.set('connection', 'close');
+      request.resume();
+      setTimeout(() => request.destroy(), 5_000).unref();
+    }
+    if (problem.details.retryAfter !== undefined)
+      response.set('retry-after', String(problem.details.retryAfter));
+    response.status(problem.status).set('cache-control', 'no-store');
+    response
+      .type('application/problem+json')
+      .send(JSON.stringify(toProblemJson(problem, request.originalUrl.split('?')[0])));
+  };
+}
+
+function toProblem(error: unknown): ProblemError {
+  if (error instanceof ProblemError) return error;
+  if (error instanceof InfrastructureFault) {
+    return new ProblemError(
+      'unavailable',
+      'A part of the service is away at present; try again in a moment.',
+      { retryAfter: 2 },
+      error,
+    );
+  }
+  const status = (error as { status?: unknown } | undefined)?.status;
+  if (typeof status === 'number' && status >= 400 && status < 500) {
+    return new ProblemError(
+      status === 404 ? 'not_found' : 'bad_request',
+      'The request could not be understood.',
+      {},
+      error,
+    );
+  }
+  return new ProblemError(
+    'internal_error',
+    'Something went wrong on our side; the log says more.',
+    {},
+    error,
+  );
+}

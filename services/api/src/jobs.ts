@@ -1,0 +1,214 @@
+/**
+ * What can be done with a job: accept, read, cancel, wait. The recipe of `accept` is the first stage of the
+ * pipeline: audio to storage, record, queue, answer.
+ */
+import { randomBytes, randomUUIDv7 } from 'node:crypto';
+import type { IncomingMessage } from 'node:http';
+import { ProblemError } from '@acousticsense/shared/errors';
+import type { JobRecord } from '@acousticsense/shared/job';
+import { anyOpenState, type JobRecords } from '@acousticsense/shared/job-records';
+import { audioKey, jobPrefix } from '@acousticsense/shared/object-keys';
+import { isFinished, stageOf } from '@acousticsense/shared/pipeline';
+import type { Queues } from '@acousticsense/shared/queues';
+import { knownModel, liveWorkers, type ModelDescription } from '@acousticsense/shared/serving';
+import { deletePrefix, type Storage } from '@acousticsense/shared/storage';
+import type { Redis } from 'ioredis';
+import type { Logger } from 'pino';
+import type { z } from 'zod';
+import type { Changes } from './changes.ts';
+import { presentJob } from './presentation.ts';
+import { type JobResource, jobOptionsSchema } from './schemas.ts';
+import { receiveUpload } from './upload.ts';
+
+export interface JobsDeps {
+  readonly redis: Redis;
+  readonly storage: Storage;
+  readonly records: JobRecords;
+  readonly queues: Queues;
+  readonly changes: Changes;
+  readonly log: Logger;
+  readonly maxUploadBytes: number;
+  readonly maxOpenJobs: number;
+}
+
+export interface ServedModel {
+  readonly description: ModelDescription;
+  readonly provider: string;
+}
+
+export type Jobs = ReturnType<typeof createJobs>;
+
+export function createJobs(deps: JobsDeps) {
+  const { redis, storage, records, queues, changes, log } = deps;
+
+  /**
+   * The model that a new job is pinned to: of those that inference and decoder workers serve now, the newest.
+   * @throws {ProblemError} model_not_served
+   */
+  async function servedModel(): Promise<ServedModel> {
+    const workers = await liveWorkers(redis);
+    const decoded = new Set(
+      workers.filter(({ kind }) => kind === 'decoder').map(({ profileHash }) => profileHash),
+    );
+    const serving = workers
+      .filter(({ kind, profileHash }) => kind === 'inference' && decoded.has(profileHash))
+      .sort((a, b) => b.since - a.since)[0];
+    const description = serving && (await knownModel(redis, serving.modelDigest));
+    if (!description) {
+      throw new ProblemError(
+        'model_not_served',
+        'No worker is ready to take jobs at present; try again in a moment.',
+        { retryAfter: 5 },
+      );
+    }
+    return { description, provider: serving.provider ?? 'unknown' };
+  }
+
+  async function accept(request: IncomingMessage, tenant: string, field: string): Promise<JobRecord> {
+    const { description } = await servedModel();
+    await refuseWhenFull(tenant);
+    const id = randomUUIDv7();
+    const key = audioKey(tenant, id);
+    const from = performance.now();
+    const upload = await receiveUpload(request, { storage, key, field, maxBytes: deps.maxUploadBytes });
+    const uploadMs = Math.round(performance.now() - from);
+    try {
+      const options = parseOptions(jobOptionsSchema, upload.fields);
+      const { windows, start, duration, topK } = options;
+      const record = {
+        id,
+        tenant,
+        generation: 1,
+        createdAt: Date.now(),
+        traceparent: traceparentFrom(request),
+        modelDigest: description.digest,
+        modelName: description.name,
+        modelVersion: description.version,
+        profileHash: description.profileHash,
+        audio: { key, size: upload.size, sha256: upload.sha256, filename: upload.filename },
+        selection: { windows, start, ...(duration === undefined ? {} : { duration }) },
+        presentation: { topK, threshold: options.threshold ?? description.threshold },
+        timings: { upload: uploadMs },
+      };
+      await records.create(record);
+      // From here on the job is accepted: the reconciler adds what this add could not.
+      await queues
+        .add('decode', record)
+        .catch((error) => log.warn({ err: error, jobId: id }, 'not queued yet'));
+      log.info(
+        { jobId: id, traceId: record.traceparent.split('-')[1], bytes: upload.size, uploadMs },
+        'accepted',
+      );
+      return { ...record, state: 'queued', version: 1, updatedAt: record.createdAt };
+    } catch (error) {
+      await storage.delete(key).catch(() => {});
+      throw error;
+    }
+  }
+
+  async function refuseWhenFull(tenant: string): Promise<void> {
+    if ((await records.countOpen(tenant)) >= deps.maxOpenJobs) {
+      throw new ProblemError('too_busy', `${deps.maxOpenJobs} jobs wait already; send this one later.`, {
+        retryAfter: 30,
+      });
+    }
+  }
+
+  /** @throws {ProblemError} job_not_found */
+  async function get(tenant: string, id: string): Promise<JobRecord> {
+    const record = isJobId(id) ? await records.get(tenant, id) : undefined;
+    if (!record)
+      throw new ProblemError(
+        'job_not_found',
+        'There is no job with this id; results are deleted after their retention.',
+      );
+    return record;
+  }
+
+  async function present(record: JobRecord): Promise<JobResource> {
+    const model = await knownModel(redis, record.modelDigest);
+    return presentJob(record, model?.labels ?? []);
+  }
+
+  /**
+   * An unfinished job is cancelled and its record stays to say so; a finished one is deleted with all that it
+   * left. @returns the cancelled job, or undefined when the job was deleted.
+   */
+  async function cancelOrDelete(tenant: string, id: string): Promise<JobRecord | undefined> {
+    for (;;) {
+      const record = await get(tenant, id);
+      if (isFinished(record.state)) {
+        await deleteObjects(record);
+        await records.remove(tenant, id);
+        log.info({ jobId: id }, 'deleted');
+        return undefined;
+      }
+      const ref = { tenant, jobId: id, generation: record.generation };
+      const { outcome } = await records.commit(ref, {
+        from: anyOpenState,
+        to: 'cancelled',
+        events: [{ type: 'job.cancelled' }],
+      });
+      // It finished, or went back to decode, between the read and the commit: look again.
+      if (outcome === 'refused' || outcome === 'missing') continue;
+      log.info({ jobId: id, was: record.state }, 'cancelled');
+      const stage = stageOf(record.state);
+      if (stage) await queues.withdraw(stage, record).catch(() => {});
+      await deleteObjects(record);
+      return get(tenant, id);
+    }
+  }
+
+  /** What a running stage writes after this, it deletes itself when its commit is refused. */
+  async function deleteObjects(record: JobRecord): Promise<void> {
+    await deletePrefix(storage, jobPrefix(record.tenant, record.id));
+    if (!record.decoded) return;
+    // A cache entry that another job on the same audio may want: that one goes back to decode.
+    await storage.delete(`${record.decoded.tensorKey}.json`);
+    await storage.delete(`${record.decoded.tensorKey}.npy`);
+  }
+
+  /** @throws {ProblemError} result_timeout */
+  async function waitForEnd(
+    tenant: string,
+    id: string,
+    timeoutMs: number,
+    signal: AbortSignal,
+  ): Promise<JobRecord> {
+    const limit = AbortSignal.any([signal, AbortSignal.timeout(timeoutMs)]);
+    for await (const record of changes.follow(tenant, id, limit)) {
+      if (record !== 'heartbeat' && 'state' in record && isFinished(record.state)) return get(tenant, id);
+    }
+    throw new ProblemError(
+      'result_timeout',
+      `The result was not ready within ${Math.round(timeoutMs / 1_000)} s; it will be at /v1/jobs/${id}.`,
+      {
+        retryAfter: 5,
+      },
+    );
+  }
+
+  return { accept, get, present, cancelOrDelete, waitForEnd, servedModel };
+}
+
+function isJobId(id: string): boolean {
+  return /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(id);
+}
+
+/** @throws {ProblemError} bad_option, naming the field. */
+export function parseOptions<T extends z.ZodType>(schema: T, given: unknown): z.infer<T> {
+  const parsed = schema.safeParse(given);
+  if (parsed.success) return parsed.data;
+  const issue = parsed.error.issues[0]!;
+  const field = issue.code === 'unrecognized_keys' ? issue.keys[0]! : String(issue.path[0] ?? '');
+  const what = issue.code === 'unrecognized_keys' ? 'is not an option' : issue.message;
+  throw new ProblemError('bad_option', `"${field.slice(0, 50)}": ${what}.`, { field: field.slice(0, 50) });
+}
+
+/** Goes on with the caller's trace (https://www.w3.org/TR/trace-context/), or begins one. */
+function traceparentFrom(request: IncomingMessage): string {
+  const given = request.headers['traceparent'];
+  const trace =
+    typeof given === 'string' ? /^00-([0-9a-f]{32})-[0-9a-f]{16}-([0-9a-f]{2})$/.exec(given) : null;
+  return `00-${trace?.[1] ?? randomBytes(16).toString('hex')}-${randomBytes(8).toString('hex')}-${trace?.[2] ?? '01'}`;
+}

@@ -1,0 +1,108 @@
+import { createServer } from 'node:http';
+import type { AddressInfo } from 'node:net';
+import { StartupError } from '@acousticsense/shared/errors';
+import { createJobRecords } from '@acousticsense/shared/job-records';
+import { openStorage } from '@acousticsense/shared/open-storage';
+import { createQueues } from '@acousticsense/shared/queues';
+import { connectRedis, connectRedisForWorker, redisCheck } from '@acousticsense/shared/redis';
+import { type Service, startService } from '@acousticsense/shared/service';
+import { Gauge } from 'prom-client';
+import { createApp } from './app.ts';
+import { createChanges } from './changes.ts';
+import { type ApiConfig, loadConfig } from './config.ts';
+import { createJobs } from './jobs.ts';
+import { createReconciler, type Reconciler } from './reconciler.ts';
+
+let config: ApiConfig;
+await startService('api', () => (config = loadConfig(process.env)), wire);
+
+async function wire(service: Service): Promise<void> {
+  const { log } = service;
+  const storage = openStorage(config.storageUrl);
+  service.onClose('storage', () => storage.close());
+  service.addCheck('storage', () => storage.probe());
+
+  const redis = connectRedis(config.redisUrl);
+  service.onClose('redis', () => redis.disconnect());
+  service.addCheck('redis', redisCheck(redis));
+
+  const records = createJobRecords(redis, {
+    resultSeconds: config.resultRetentionMs / 1_000,
+    events: config.eventsKept,
+  });
+  const queues = createQueues(redis);
+  service.onClose('queues', () => queues.close());
+  const changes = createChanges(connectRedisForWorker(config.redisUrl), records);
+  service.onClose('subscriber', () => changes.close());
+
+  const reconciler = createReconciler({ redis, records, queues, storage, log, ...config });
+  reconciler.start();
+  service.onClose('reconciler', () => reconciler.stop());
+  exportBacklogs(service, reconciler);
+
+  const { maxUploadBytes, maxOpenJobs } = config;
+  const jobs = createJobs({ redis, storage, records, queues, changes, log, maxUploadBytes, maxOpenJobs });
+  service.addCheck('model', async () => {
+    await jobs.servedModel();
+  });
+
+  const server = createServer(createApp({ service, config, jobs, changes, storage }));
+  // An upload may take as long as it moves: idle time is limited, the whole is not.
+  server.requestTimeout = 0;
+  server.headersTimeout = 30_000;
+  server.timeout = Math.max(60_000, config.predictTimeoutMs + 10_000);
+  await new Promise<void>((resolve, reject) => {
+    server.once('error', (error: NodeJS.ErrnoException) => {
+      const reason =
+        error.code === 'EADDRINUSE'
+          ? `is taken: stop what uses it, or choose another with PORT=${config.port + 1}`
+          : `cannot be used: ${error.message}`;
+      reject(new StartupError(`Port ${config.port} on ${config.host} ${reason}.`));
+    });
+    server.listen(config.port, config.host, resolve);
+  });
+  const { port } = server.address() as AddressInfo;
+  service.onClose('http server', async () => {
+    const closed = new Promise((resolve) => server.close(resolve));
+    server.closeIdleConnections();
+    // Event streams would hold the server open; their clients reconnect elsewhere.
+    const overtime = setTimeout(() => server.closeAllConnections(), 2_000);
+    await closed;
+    clearTimeout(overtime);
+  });
+  log.info({ port, host: config.host, storage: storage.description }, 'listening');
+  service.announcePort(port);
+}
+
+/** One metric a queue, for dashboards and autoscalers. */
+function exportBacklogs(service: Service, reconciler: Reconciler): void {
+  const registers = [service.registry];
+  const labelNames = ['queue', 'stage'];
+  const waiting = new Gauge({
+    name: 'acousticsense_queue_waiting',
+    help: 'Queue jobs that wait (delayed ones included).',
+    labelNames,
+    registers,
+  });
+  const active = new Gauge({
+    name: 'acousticsense_queue_active',
+    help: 'Queue jobs that a worker holds.',
+    labelNames,
+    registers,
+  });
+  new Gauge({
+    name: 'acousticsense_queue_oldest_seconds',
+    help: 'Age of the oldest waiting queue job.',
+    labelNames,
+    registers,
+    collect() {
+      for (const gauge of [waiting, active, this]) gauge.reset();
+      for (const backlog of reconciler.backlogs()) {
+        const labels = { queue: backlog.queue, stage: backlog.stage };
+        waiting.set(labels, backlog.waiting + backlog.delayed);
+        active.set(labels, backlog.active);
+        this.set(labels, backlog.oldestSeconds);
+      }
+    },
+  });
+}

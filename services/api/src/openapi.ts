@@ -1,0 +1,141 @@
+/** /openapi.json, generated from the schemas that validate. */
+import { z } from 'zod';
+import { jobOptionsSchema, jobSchema, modelSchema, predictionSchema, problemSchema } from './schemas.ts';
+
+const ref = (name: string) => ({ $ref: `#/components/schemas/${name}` });
+const json = (name: string, description: string) => ({
+  description,
+  content: { 'application/json': { schema: ref(name) } },
+});
+const problem = (description: string) => ({
+  description,
+  content: { 'application/problem+json': { schema: ref('Problem') } },
+});
+const id = { name: 'id', in: 'path', required: true, schema: { type: 'string', format: 'uuid' } };
+
+function schemaOf(schema: z.ZodType, io: 'input' | 'output' = 'output'): Record<string, unknown> {
+  const { $schema: _, ...rest } = z.toJSONSchema(schema, { io, unrepresentable: 'any' });
+  return rest;
+}
+
+function form(field: string): Record<string, unknown> {
+  const options = schemaOf(jobOptionsSchema, 'input') as { properties: Record<string, unknown> };
+  const properties = {
+    ...options.properties,
+    [field]: { type: 'string', format: 'binary', description: 'the audio file' },
+  };
+  return {
+    required: true,
+    content: { 'multipart/form-data': { schema: { type: 'object', properties, required: [field] } } },
+  };
+}
+
+export function openApiDocument(): Record<string, unknown> {
+  return {
+    openapi: '3.1.0',
+    info: {
+      title: 'AcousticSense',
+      version: '1',
+      description: 'Tells the genre of music at catalogue scale, and shows why.',
+    },
+    paths: {
+      '/v1/jobs': {
+        post: {
+          operationId: 'createJob',
+          summary: 'Send audio; its genres are found in the background.',
+          requestBody: form('file'),
+          responses: {
+            202: {
+              ...json('Job', 'Accepted: the job, where Location points.'),
+              headers: { Location: { schema: { type: 'string' } } },
+            },
+            400: problem('The form or an option cannot be used.'),
+            413: problem('The file is too large.'),
+            415: problem('Not multipart/form-data.'),
+            422: problem('The file is empty.'),
+            503: problem('Nobody takes jobs at present.'),
+          },
+        },
+      },
+      '/v1/jobs/{id}': {
+        parameters: [id],
+        get: {
+          operationId: 'getJob',
+          summary: 'Read a job.',
+          responses: { 200: json('Job', 'The job.'), 404: problem('No such job.') },
+        },
+        delete: {
+          operationId: 'deleteJob',
+          summary: 'Cancel an unfinished job; delete a finished one with all that is stored of it.',
+          responses: {
+            200: json('Job', 'Cancelled.'),
+            204: { description: 'Deleted.' },
+            404: problem('No such job.'),
+          },
+        },
+      },
+      '/v1/jobs/{id}/events': {
+        parameters: [id],
+        get: {
+          operationId: 'followJob',
+          summary:
+            'Server-sent events: `job` (a Job, first as a snapshot) and `progress`; ends when the job is finished.',
+          responses: {
+            200: {
+              description: 'The stream.',
+              content: { 'text/event-stream': { schema: { type: 'string' } } },
+            },
+            404: problem('No such job.'),
+          },
+        },
+      },
+      '/v1/jobs/{id}/spectrogram.png': {
+        parameters: [
+          id,
+          { name: 'scale', in: 'query', schema: { type: 'integer', minimum: 1, maximum: 8, default: 1 } },
+        ],
+        get: {
+          operationId: 'getSpectrogram',
+          summary:
+            'The log-mel spectrogram, 224x224 times scale: time left to right, low frequencies at the bottom.',
+          responses: {
+            200: {
+              description: 'The picture.',
+              content: { 'image/png': { schema: { type: 'string', format: 'binary' } } },
+            },
+            404: problem('No such job, or no spectrogram.'),
+            409: problem('Not decoded yet.'),
+          },
+        },
+      },
+      '/v1/model': {
+        get: {
+          operationId: 'getModel',
+          summary: 'The model that new jobs are pinned to.',
+          responses: { 200: json('Model', 'The model.'), 503: problem('None is served.') },
+        },
+      },
+      '/api/predict/': {
+        post: {
+          operationId: 'predict',
+          summary: 'Send audio and wait for its genres.',
+          requestBody: form('data'),
+          responses: {
+            200: json('Prediction', 'The likeliest genres.'),
+            400: problem('The form cannot be used.'),
+            422: problem('The audio cannot be used.'),
+            504: problem('Not ready in time.'),
+          },
+        },
+      },
+    },
+    components: {
+      schemas: {
+        Job: schemaOf(jobSchema),
+        Model: schemaOf(modelSchema),
+        Prediction: schemaOf(predictionSchema),
+        Problem: schemaOf(problemSchema),
+      },
+    },
+  };
+}

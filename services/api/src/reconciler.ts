@@ -1,0 +1,186 @@
+/**
+ * The reconciler: puts right what no redelivery can.
+ *
+ * - An unfinished record whose queue job has vanished (a Redis that lost its last writes, an add that never came
+ *   through) gets it back.
+ * - Objects without a record, audio past its retention and old tensors are deleted, an hour's prefix at a time.
+ *
+ * One process at a time does it, by a lease in Redis. Doing it twice would be harmless: adds are idempotent and
+ * deletes too.
+ */
+import { randomUUID } from 'node:crypto';
+import type { JobRecords } from '@acousticsense/shared/job-records';
+import { anyOpenState } from '@acousticsense/shared/job-records';
+import { hourPrefix, tensorPrefix } from '@acousticsense/shared/object-keys';
+import { isFinished, stageOf } from '@acousticsense/shared/pipeline';
+import type { Backlog, Queues } from '@acousticsense/shared/queues';
+import { liveWorkers } from '@acousticsense/shared/serving';
+import type { Storage } from '@acousticsense/shared/storage';
+import type { Redis } from 'ioredis';
+import type { Logger } from 'pino';
+
+export interface ReconcilerDeps {
+  readonly redis: Redis;
+  readonly records: JobRecords;
+  readonly queues: Queues;
+  readonly storage: Storage;
+  readonly log: Logger;
+  readonly reconcileMs: number;
+  readonly reconcileAfterMs: number;
+  readonly audioRetentionMs: number;
+  readonly resultRetentionMs: number;
+  readonly tensorRetentionMs: number;
+}
+
+const leaseKey = 'as:reconciler:lease';
+const hour = 3_600_000;
+/** How long an object may lie without a record: an upload may take that long. */
+const orphanMs = 24 * hour;
+/** At the first start, hours further back than this are not looked through. */
+const lookBackMs = 7 * 24 * hour;
+
+export type Reconciler = ReturnType<typeof createReconciler>;
+
+export function createReconciler(deps: ReconcilerDeps) {
+  const { redis, records, queues, storage, log } = deps;
+  const me = randomUUID();
+  let backlogs: Backlog[] = [];
+  let timer: NodeJS.Timeout | undefined;
+  let running: Promise<void> = Promise.resolve();
+
+  /** Re-adds what has vanished. @returns how many were. */
+  async function restoreQueueJobs(now = Date.now()): Promise<number> {
+    let restored = 0;
+    for (const tenant of await records.tenants()) {
+      for (const jobId of await records.openSince(tenant, now - deps.reconcileAfterMs, 1_000)) {
+        restored += (await restore(tenant, jobId)) ? 1 : 0;
+      }
+    }
+    return restored;
+  }
+
+  async function restore(tenant: string, jobId: string): Promise<boolean> {
+    const record = await records.get(tenant, jobId);
+    const stage = record && stageOf(record.state);
+    if (!record || !stage) return false;
+    const state = await queues.state(stage, record);
+    if (['waiting', 'active', 'delayed', 'prioritized', 'waiting-children'].includes(state)) return false;
+    if (state === 'gone') {
+      log.warn({ jobId, state: record.state, stage }, 'queue job had vanished: added again');
+      await queues.add(stage, record);
+      return true;
+    }
+    // The queue says that it ended, the record says that it did not: its id is taken, so under a new generation.
+    log.warn(
+      { jobId, state: record.state, queueState: state },
+      'queue job ended without an end of the job: starting over',
+    );
+    const ref = { tenant, jobId, generation: record.generation };
+    const raised = await records.commit(ref, {
+      from: anyOpenState,
+      to: 'queued',
+      raiseGeneration: true,
+      clear: ['decoded'],
+    });
+    if (raised.outcome !== 'committed') return false;
+    await queues.add('decode', { ...record, generation: raised.generation });
+    return true;
+  }
+
+  /**
+   * Looks through each hour's jobs once it has come to an age at which something in it may be deleted.
+   * @returns how many objects were deleted.
+   */
+  async function sweepObjects(now = Date.now()): Promise<number> {
+    let deleted = 0;
+    for (const age of new Set([orphanMs, deps.audioRetentionMs, deps.resultRetentionMs + hour])) {
+      const cursorKey = `as:reconciler:swept:${age}`;
+      const until = Math.floor((now - age) / hour) * hour;
+      const last = Number((await redis.get(cursorKey)) ?? until - lookBackMs);
+      for (let time = last; time < until; time += hour) {
+        deleted += await sweepHour(new Date(time), now);
+        await redis.set(cursorKey, time + hour);
+      }
+    }
+    return deleted + (await sweepTensors(now));
+  }
+
+  async function sweepHour(time: Date, now: number): Promise<number> {
+    let deleted = 0;
+    const known = new Map<string, boolean | 'finished'>();
+    for await (const { key, lastModified } of storage.list(hourPrefix(time))) {
+      const [, , tenant, jobId, name] = key.split('/');
+      if (!tenant || !jobId) continue;
+      if (!known.has(jobId)) {
+        const record = await records.get(tenant, jobId);
+        known.set(jobId, record ? (isFinished(record.state) ? 'finished' : true) : false);
+      }
+      const age = now - lastModified.getTime();
+      const orphan = known.get(jobId) === false && age > orphanMs;
+      const expired = known.get(jobId) === 'finished' && name === 'audio' && age > deps.audioRetentionMs;
+      if (orphan || expired) {
+        await storage.delete(key);
+        deleted += 1;
+      }
+    }
+    return deleted;
+  }
+
+  async function sweepTensors(now: number): Promise<number> {
+    const cursorKey = 'as:reconciler:swept:tensors';
+    if (now - Number((await redis.get(cursorKey)) ?? 0) < hour) return 0;
+    let deleted = 0;
+    for await (const { key, lastModified } of storage.list(tensorPrefix)) {
+      if (now - lastModified.getTime() <= deps.tensorRetentionMs) continue;
+      await storage.delete(key);
+      deleted += 1;
+    }
+    await redis.set(cursorKey, now);
+    return deleted;
+  }
+
+  async function lookAtBacklogs(): Promise<void> {
+    const routes = new Map((await liveWorkers(redis)).map((worker) => [worker.queue, worker]));
+    backlogs = await Promise.all(
+      [...routes.values()].map((worker) =>
+        queues.backlog(worker.kind === 'decoder' ? 'decode' : 'inference', worker),
+      ),
+    );
+  }
+
+  async function round(): Promise<void> {
+    const leaseMs = Math.max(60_000, deps.reconcileMs * 3);
+    const taken = await redis.set(leaseKey, me, 'PX', leaseMs, 'NX');
+    if (taken === null && (await redis.get(leaseKey)) !== me) {
+      backlogs = [];
+      return;
+    }
+    await redis.pexpire(leaseKey, leaseMs);
+    await lookAtBacklogs();
+    await restoreQueueJobs();
+    await sweepObjects();
+  }
+
+  return {
+    restoreQueueJobs,
+    sweepObjects,
+    /** Of every queue that a worker reads now; only in the process that holds the lease, so each is told once. */
+    backlogs: () => backlogs,
+    start() {
+      const next = () => {
+        timer = setTimeout(() => {
+          running = round()
+            .catch((error) => log.warn({ err: error }, 'reconciler'))
+            .then(() => (timer === undefined ? undefined : next()));
+        }, deps.reconcileMs);
+      };
+      next();
+    },
+    async stop() {
+      clearTimeout(timer);
+      timer = undefined;
+      await running;
+      if ((await redis.get(leaseKey).catch(() => null)) === me) await redis.del(leaseKey).catch(() => {});
+    },
+  };
+}

@@ -1,0 +1,100 @@
+/** The API's contract: these schemas validate, and /openapi.json is generated from them. */
+import { problemCodes } from '@acousticsense/shared/errors';
+import {
+  inputFactsSchema,
+  timingsSchema,
+  warningSchema,
+  windowChoiceSchema,
+} from '@acousticsense/shared/job';
+import { jobStates } from '@acousticsense/shared/pipeline';
+import { modelDescriptionSchema } from '@acousticsense/shared/serving';
+import { z } from 'zod';
+
+const number = (schema: z.ZodNumber) =>
+  z
+    .string()
+    .trim()
+    .regex(/^-?\d+(\.\d+)?$/, 'must be a number')
+    .transform(Number)
+    .pipe(schema);
+
+/** Form fields beside the file. They arrive as text. */
+export const jobOptionsSchema = z.strictObject({
+  topK: number(z.number().int().min(1).max(1_000)).default(5).describe('how many genres to list'),
+  threshold: number(z.number().min(0).max(1))
+    .optional()
+    .describe("below it the answer is `uncertain`; the model's own when absent"),
+  windows: z
+    .string()
+    .trim()
+    .transform((text) => (/^\d+$/.test(text) ? Number(text) : text))
+    .pipe(windowChoiceSchema)
+    .default('middle')
+    .describe('`middle`: one window; `all`: every step; a number: that many, evenly spaced'),
+  start: number(z.number().min(0).max(1e6)).default(0).describe('seconds from which to analyse'),
+  duration: number(z.number().positive().max(1e6))
+    .optional()
+    .describe('seconds to analyse; to the end when absent'),
+});
+export type JobOptions = z.infer<typeof jobOptionsSchema>;
+
+const guess = z.strictObject({ label: z.string(), confidence: z.number().min(0).max(1) });
+
+export const jobSchema = z.strictObject({
+  id: z.uuid(),
+  state: z.enum(jobStates),
+  version: z.int().describe('raised at every change; the id of server-sent events'),
+  createdAt: z.iso.datetime(),
+  updatedAt: z.iso.datetime(),
+  filename: z.string(),
+  model: z.strictObject({ name: z.string(), version: z.string(), digest: z.string(), profile: z.string() }),
+  result: z
+    .strictObject({
+      top: z.array(guess).describe('the likeliest genres, best first; empty when all is silent'),
+      probabilities: z.record(z.string(), z.number()).describe('every genre'),
+      uncertain: z.boolean().describe('the best confidence lies under the threshold, or all is silent'),
+      lead: z.number().describe('difference between the first and the second'),
+      threshold: z.number(),
+      windows: z.array(
+        z.strictObject({ start: z.number(), end: z.number(), silent: z.boolean(), top: z.array(guess) }),
+      ),
+      provider: z.string().describe('the execution provider that really ran'),
+    })
+    .optional(),
+  input: inputFactsSchema.optional(),
+  warnings: z.array(warningSchema),
+  timings: timingsSchema.optional().describe('milliseconds'),
+  error: z
+    .strictObject({ code: z.enum(problemCodes), message: z.string(), retryable: z.boolean() })
+    .optional(),
+  links: z.strictObject({ self: z.string(), events: z.string(), spectrogram: z.string() }),
+});
+export type JobResource = z.infer<typeof jobSchema>;
+
+export const modelSchema = modelDescriptionSchema.extend({
+  provider: z.string(),
+  retention: z.strictObject({ audioHours: z.number(), resultDays: z.number() }),
+  limits: z.strictObject({ maxBytes: z.number(), maxDurationSeconds: z.number() }),
+});
+export type ModelResource = z.infer<typeof modelSchema>;
+
+/** The seed application's answer, exactly. */
+export const predictionSchema = z.strictObject({
+  prediction: z.array(guess),
+  mel_spectrogram_url: z.string(),
+});
+export type Prediction = z.infer<typeof predictionSchema>;
+
+export const problemSchema = z.looseObject({
+  type: z.string(),
+  title: z.string(),
+  status: z.int(),
+  detail: z.string().describe('one sentence: what was wrong, and what to do'),
+  code: z.enum(problemCodes).describe('stable'),
+  retryable: z.boolean(),
+  field: z.string().optional(),
+});
+
+export const spectrogramQuerySchema = z.strictObject({
+  scale: number(z.number().int().min(1).max(8)).default(1).describe('224 times this is the side in pixels'),
+});

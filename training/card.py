@@ -86,7 +86,12 @@ def write(
         f"--{key.replace('_', '-')} {options[key]}" for key in run.get("nonDefault", [])
     )
     command = f"python training/train.py --data DIR --out RUN {changed}".strip()
-    teacher = run.get("teacherNote", "")
+    share = float(options.get("teacher_share", 0.0))
+    teacher = (
+        f" Targets: {_percent(1 - share)} % the clip's label (smoothed), {_percent(share)} % the\n"
+        "held-out answer of three classical classifiers (training/teacher.py)."
+        if share > 0 else ""
+    )
     test_sizes = sorted((int((label == c).sum()), n) for c, n in enumerate(labels.LABELS))
     smallest = ", ".join(f"{n} ({k})" for k, n in test_sizes[:4])
     return f"""# Model card: {manifest['name']} {manifest['version']}
@@ -111,7 +116,7 @@ Labels: {', '.join(labels.LABELS)}.
   on Rap, Latin, Metal and Reggae; what remains of its International is World.
 - **There is no R&B**: neither collection holds a recording of it. A label that was
   never trained would be an invention.
-- {run['labelledTrainClips']} training clips with a genre, {run['validClips']} validation clips; no artist (GTZAN) and
+- {run['trainClips']} training clips with a genre, {run['validClips']} validation clips; no artist (GTZAN) and
   no run of neighbouring tracks (FMA: an album) is on both sides. The validation clips
   were used to compare {run.get('configurations', 'a few')} configurations (training/EXPERIMENTS.md), to fit one
   temperature and to place the threshold: their figures are slightly kind. No test part
@@ -119,7 +124,7 @@ Labels: {', '.join(labels.LABELS)}.
 
 ## How it was trained
 ```
-{run.get('teacherCommands', '')}{command}
+{command}
 python training/export.py --run RUN --out models/default
 ```
 {run['epochsDone']} epochs in {run['minutes']:.0f} minutes on {run['machine']} (PyTorch {run['torch']}), no GPU. The processor was

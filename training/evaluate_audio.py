@@ -94,7 +94,7 @@ def main() -> None:
     profile, names = manifest["profile"], manifest["labels"]
     calibration = manifest.get("calibration", {"method": "none"})
     temperature = float(calibration.get("temperature", 1.0))
-    session = onnxruntime.InferenceSession(
+    network = onnxruntime.InferenceSession(
         str(args.bundle / manifest["graph"]["file"]), providers=["CPUExecutionProvider"]
     )
     files = sorted(f for f in args.audio.rglob("*") if f.suffix.lower() in EXTENSIONS)
@@ -107,7 +107,7 @@ def main() -> None:
     for file in files:
         samples = read_mono(file, profile["sampleRate"])
         windows = to_windows(mel_power(samples, profile), profile, args.windows)
-        logits = session.run(["logits"], {"windows": windows})[0]
+        logits = network.run(["logits"], {"windows": windows})[0]
         probability = metrics.softmax(logits, temperature).mean(axis=0)
         kept[file.name] = [[round(float(v), 5) for v in row] for row in logits]
         order = np.argsort(-probability)[:3]

@@ -117,12 +117,12 @@ def milliseconds_per_window(path: Path) -> float:
     """Median time for one window on one thread."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+    network = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
     one = self_test_windows()[:1]
     times = []
     for _ in range(40):
         begin = time.perf_counter()
-        session.run(None, {"windows": one})
+        network.run(None, {"windows": one})
         times.append((time.perf_counter() - begin) * 1000)
     return stats.median(times[5:])
 
@@ -146,13 +146,13 @@ def main() -> None:
     onnx_path = args.out / "model.onnx"
     export_onnx(model, onnx_path)
     windows = self_test_windows()
-    session = onnxruntime.InferenceSession(str(onnx_path), providers=["CPUExecutionProvider"])
-    logits, embedding = session.run(["logits", "embedding"], {"windows": windows})
+    network = onnxruntime.InferenceSession(str(onnx_path), providers=["CPUExecutionProvider"])
+    logits, embedding = network.run(["logits", "embedding"], {"windows": windows})
     with torch.no_grad():
         expected, expected_embedding = model(torch.from_numpy(windows))
     worst = float(np.abs(logits - expected.numpy()).max())
     worst_embedding = float(np.abs(embedding - expected_embedding.numpy()).max())
-    lone = session.run(["logits"], {"windows": windows[1:]})[0]
+    lone = network.run(["logits"], {"windows": windows[1:]})[0]
     if max(worst, worst_embedding, float(np.abs(lone - logits[1:]).max())) > 1e-3:
         raise SystemExit(f"the exported graph differs from the network by {worst:.2g}")
     np.save(args.out / "self-test.npy", windows)

@@ -3,13 +3,18 @@
 A plain ViT cuts patches with one linear map and has to learn locality from data;
 with fewer than 5,000 clips it does not. A small residual stem gives the patches
 their local features, and the transformer relates them over time and frequency.
+
+Four more tokens carry statistics of the whole window: how the cepstrum (the shape
+of the spectrum) is spread and correlated over time. Attention can express such
+second-order figures only clumsily, and they are what classical genre recognition
+rests on. They are computed inside the graph, from the same uint8 window.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Optional
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,6 +37,8 @@ class ModelConfig:
     drop_path: float = 0.1
     dropout: float = 0.2
     keep_tokens: float = 0.6
+    statistic_tokens: int = 4
+    statistic_width: int = 384
     mean: float = 0.45
     std: float = 0.25
 
@@ -70,7 +77,7 @@ class ResidualBlock(nn.Module):
 
 
 class Stem(nn.Module):
-    """Image [n, 1, 224, 224] -> features [n, c, 14, 14]."""
+    """Image [n, 2, 224, 224] -> features [n, c, 14, 14]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -78,7 +85,7 @@ class Stem(nn.Module):
         # The image was enlarged 1.75 times from 128 x 128: a stride of 4 (2.3
         # cells) after 7 x 7 taps loses little and keeps the costly sizes small.
         self.entry = nn.Sequential(
-            nn.Conv2d(1, a, 7, 4, 2, bias=False), nn.BatchNorm2d(a), nn.ReLU()
+            nn.Conv2d(2, a, 7, 4, 2, bias=False), nn.BatchNorm2d(a), nn.ReLU()
         )
         stages: list[nn.Module] = []
         inputs = a
@@ -131,6 +138,76 @@ class Layer(nn.Module):
         return x + self._drop(self.mlp(self.norm2(x)))
 
 
+class WindowStatistics(nn.Module):
+    """Fixed statistics of windows: float32 [n, 128, 128] in 0..1 -> [n, size].
+
+    Cepstra are the DCT over mel bands: 30 coefficients for each of 128 columns.
+    Nothing here is learned; the values are standardised by a batch norm behind it.
+    """
+
+    CEPSTRA = 30
+    CORRELATED = 24
+    MODULATED = 20
+
+    def __init__(self) -> None:
+        super().__init__()
+        k, m = np.arange(self.CEPSTRA)[:, None], np.arange(128)[None, :]
+        dct = np.sqrt(2 / 128) * np.cos(np.pi * k * (2 * m + 1) / 256)
+        dct[0] /= np.sqrt(2)
+        turn = 2 * np.pi * np.arange(1, 65)[None, :] * np.arange(128)[:, None] / 128
+        groups = np.kron(np.eye(32), np.full((1, 4), 0.25))
+        pairs = np.triu_indices(self.CORRELATED, 1)
+        # Constants are not saved with the weights: they are these formulas.
+        for name, value in (
+            ("dct", dct), ("cosines", np.cos(turn)), ("sines", np.sin(turn)), ("groups", groups),
+        ):
+            tensor = torch.from_numpy(value.astype(np.float32))
+            self.register_buffer(name, tensor, persistent=False)
+        flat = torch.from_numpy(pairs[0] * self.CORRELATED + pairs[1])
+        self.register_buffer("pairs", flat, persistent=False)
+        self.size = 4 * self.CEPSTRA + len(pairs[0]) + 5 * 32 + 127 + 8 * self.MODULATED
+
+    @staticmethod
+    def _deviation(x: Tensor) -> Tensor:
+        """Standard deviation over the last axis; ``x`` has zero mean there."""
+        return (x * x).mean(dim=2).add(1e-6).sqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 25.5
+        cepstra = torch.matmul(self.dct, x)
+        average = cepstra.mean(dim=2)
+        centred = cepstra - average.unsqueeze(2)
+        spread = self._deviation(centred)
+        step = cepstra[:, :, 1:] - cepstra[:, :, :-1]
+        step_spread = self._deviation(step - step.mean(dim=2, keepdim=True))
+        standard = centred / (spread.unsqueeze(2) + 1e-2)
+        skew = (standard**3).mean(dim=2).clamp(-10, 10)
+        some = standard[:, : self.CORRELATED]
+        correlation = torch.matmul(some, some.transpose(1, 2)) / 128
+        bands = torch.matmul(self.groups, x)
+        band_average = bands.mean(dim=2)
+        band_spread = self._deviation(bands - band_average.unsqueeze(2))
+        band_step = torch.matmul(self.groups, (x[:, :, 1:] - x[:, :, :-1]).abs().mean(dim=2, keepdim=True))
+        band_top = x.amax(dim=2).reshape(-1, 32, 4).amax(dim=2)
+        silent = (1.0 - x).clamp(min=0.0).mean(dim=2, keepdim=True)
+        band_silent = torch.matmul(self.groups, silent).flatten(1)
+        row_step = (x[:, 1:] - x[:, :-1]).abs().mean(dim=2)
+        moved = centred[:, : self.MODULATED]
+        real, imaginary = torch.matmul(moved, self.cosines), torch.matmul(moved, self.sines)
+        magnitude = (real * real + imaginary * imaginary).add(1e-6).sqrt()
+        modulation = magnitude.reshape(-1, self.MODULATED, 8, 8).mean(dim=3).add(1.0).log()
+        return torch.cat(
+            [
+                average, spread, step_spread, skew,
+                correlation.flatten(1).index_select(1, self.pairs),
+                band_average, band_spread, band_step.flatten(1), band_top, band_silent,
+                row_step,
+                modulation.flatten(1),
+            ],
+            dim=1,
+        )
+
+
 class GenreViT(nn.Module):
     """windows uint8 [n, 128, 128] -> (logits [n, classes], embedding [n, dim])."""
 
@@ -146,27 +223,55 @@ class GenreViT(nn.Module):
             for i in range(config.depth)
         )
         self.norm = nn.LayerNorm(dim)
+        self.statistics = WindowStatistics()
+        width = config.statistic_width
+        self.statistics_norm = nn.BatchNorm1d(self.statistics.size, affine=False)
+        self.statistics_hidden = nn.Sequential(
+            nn.Linear(self.statistics.size, width), nn.BatchNorm1d(width), nn.GELU()
+        )
+        self.statistics_tokens = nn.Linear(width, config.statistic_tokens * dim)
         # Mean and deviation over tokens: how much a feature varies in a song says
         # as much about a genre as its average.
-        self.pool = nn.Linear(2 * dim, dim)
+        self.pool = nn.Linear(2 * dim + width, dim)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(dim, config.classes)
-        # Only for training: a classifier on the stem alone. It gets the stem to
-        # useful features within the first epochs, and is left out of the export.
+        # Only for training: classifiers on the stem and on the statistics alone.
+        # They get both to useful features within the first epochs, whatever the
+        # other does, and are left out of the export.
         self.stem_head = nn.Linear(config.stem[2], config.classes)
+        self.statistics_head = nn.Linear(width, config.classes)
 
-    def image(self, windows: Tensor) -> Tensor:
-        """uint8 [n, 128, 128] -> normalised image [n, 1, 224, 224]."""
-        x = windows.float().unsqueeze(1) * (1.0 / 255.0)
-        x = F.interpolate(
-            x, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=False
+    def image(self, x: Tensor) -> Tensor:
+        """float32 [n, 128, 128] in 0..1 -> normalised image [n, 2, 224, 224].
+
+        The second channel is the window less each row's mean over time: what
+        happens, without the room, the master and the codec it happened in.
+        """
+        channels = torch.stack(
+            [(x - self.config.mean) / self.config.std,
+             (x - x.mean(dim=2, keepdim=True)) / (0.5 * self.config.std)], dim=1,
         )
-        return (x - self.config.mean) / self.config.std
+        return F.interpolate(
+            channels, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=False
+        )
 
-    def features(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """-> (pooled features [n, dim], stem features [n, c, 14, 14])."""
-        x = self.image(windows).contiguous(memory_format=torch.channels_last)
-        stem = self.stem(x)
+    def summary(self, x: Tensor) -> Tensor:
+        """float32 [n, 128, 128] in 0..1 -> features of its statistics [n, width]."""
+        # No gradient reaches below the window, and bfloat16 is too coarse for
+        # differences of squares.
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            values = self.statistics(x.float())
+        values = self.statistics_norm(values).clamp(-4.0, 4.0)
+        if self.training:
+            values = F.dropout(values, self.config.dropout)
+        return self.statistics_hidden(values)
+
+    def features(self, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> (pooled features [n, dim], stem features [n, c, 14, 14], statistics
+        [n, width])."""
+        x = windows.float() * (1.0 / 255.0)
+        image = self.image(x).contiguous(memory_format=torch.channels_last)
+        stem = self.stem(image)
         tokens = self.to_tokens(stem).flatten(2).transpose(1, 2) + self.position
         if self.training and self.config.keep_tokens < 1.0:
             # Patches left out at random: cheaper, and no single place in the
@@ -176,30 +281,41 @@ class GenreViT(nn.Module):
             order = torch.rand(n, GRID * GRID).argsort(dim=1)[:, :keep]
             index = order.unsqueeze(2).expand(-1, -1, tokens.shape[2])
             tokens = tokens.gather(1, index)
+        summary = self.summary(x)
+        if self.training:
+            # Left out for some windows, or the patches would have nothing to learn.
+            keep_summary = (torch.rand(summary.shape[0], 1) >= self.config.drop_path).float()
+            used = summary * keep_summary
+        else:
+            used = summary
+        extra = self.statistics_tokens(used).reshape(-1, self.config.statistic_tokens, self.config.dim)
+        tokens = torch.cat([tokens, extra.to(tokens.dtype)], dim=1)
         for layer in self.layers:
             tokens = layer(tokens)
         tokens = self.norm(tokens)
         mean = tokens.mean(dim=1)
         deviation = ((tokens - mean.unsqueeze(1)) ** 2).mean(dim=1).add(1e-5).sqrt()
-        return self.pool(torch.cat([mean, deviation], dim=1)), stem
+        return self.pool(torch.cat([mean, deviation, used], dim=1)), stem, summary
 
     def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        pooled, _ = self.features(windows)
+        pooled, _, _ = self.features(windows)
         return self.head(F.gelu(pooled)), F.normalize(pooled, dim=1)
 
-    def training_logits(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """-> (logits, logits of the stem's own classifier), both [n, classes]."""
-        pooled, stem = self.features(windows)
+    def training_logits(self, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> logits of the network, of the stem alone and of the statistics alone,
+        each [n, classes]."""
+        pooled, stem, summary = self.features(windows)
         return (
             self.head(self.dropout(F.gelu(pooled))),
             self.stem_head(self.dropout(stem.mean(dim=(2, 3)))),
+            self.statistics_head(self.dropout(summary)),
         )
 
 
-def count_parameters(model: nn.Module, skip: Optional[str] = "stem_head") -> int:
+def count_parameters(model: nn.Module) -> int:
     """Parameters that reach the exported graph."""
     return sum(
         p.numel()
         for name, p in model.named_parameters()
-        if skip is None or not name.startswith(skip)
+        if not name.startswith(("stem_head", "statistics_head"))
     )

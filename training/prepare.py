@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Iterator, Optional
+from typing import Final, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -225,13 +225,13 @@ def _uniform(n: int, low: float, high: float, g: torch.Generator) -> Tensor:
     return low + (high - low) * torch.rand(n, 1, 1, generator=g)
 
 
-def _shift_rows(db: Tensor, g: torch.Generator) -> Tensor:
+def _shift_rows(db: Tensor, s: Tensor, g: torch.Generator) -> Tensor:
     """Pitch-like shift: rows move by up to 4 and stretch by up to 5 %. It also
     smears the row interpolation that only FMA clips went through."""
     n = db.shape[0]
     rows = torch.arange(BANDS, dtype=torch.float32).view(1, BANDS)
-    shift = _uniform(n, -4.0, 4.0, g).view(n, 1)
-    scale = _uniform(n, 0.95, 1.05, g).view(n, 1)
+    shift = (s * _uniform(n, -4.0, 4.0, g)).view(n, 1)
+    scale = (1.0 + s * _uniform(n, -0.05, 0.05, g)).view(n, 1)
     position = (rows * scale + shift).clamp(0, BANDS - 1)
     low = position.floor().clamp(max=BANDS - 2)
     part = (position - low).unsqueeze(2)
@@ -256,17 +256,16 @@ def _blur(db: Tensor, amount: Tensor, axis: int) -> Tensor:
 
 
 def _mask(db: Tensor, axis: int, widest: int, p: float, g: torch.Generator) -> Tensor:
-    """SpecAugment: one band of up to ``widest`` rows or columns set to the floor or,
-    as often, to the window's mean."""
+    """SpecAugment: one band of up to ``widest`` rows or columns is replaced by the
+    mean over the other axis, which hides its content and keeps the rest's levels
+    (a band at the floor would be a far louder event than anything in music)."""
     n = db.shape[0]
     width = _uniform(n, 0, widest, g) * _coin(n, p, g)
     start = torch.rand(n, 1, 1, generator=g) * (128 - width)
     shape = (1, BANDS, 1) if axis == 1 else (1, 1, FRAMES)
     at = torch.arange(128, dtype=torch.float32).view(shape)
     hidden = (at >= start) & (at < start + width)
-    to_floor = _coin(n, 0.5, g)
-    fill = to_floor * FLOOR_DB + (1 - to_floor) * db.mean(dim=(1, 2), keepdim=True)
-    return torch.where(hidden, fill, db)
+    return torch.where(hidden, db.mean(dim=axis, keepdim=True).expand_as(db), db)
 
 
 def augment(db: Tensor, g: torch.Generator) -> Tensor:
@@ -274,37 +273,40 @@ def augment(db: Tensor, g: torch.Generator) -> Tensor:
 
     The ranges are wider than the differences between the sources (window length,
     codec low-pass, row sampling, level), so that these cannot stand for a genre.
+    Each window draws its own overall strength: with full strength for all, the
+    network rarely sees a window like the ones it is asked about.
     """
     n = db.shape[0]
+    s = _uniform(n, 0.0, 1.0, g)
     rows = torch.arange(BANDS, dtype=torch.float32).view(1, BANDS, 1)
 
     # At 234 ms a column there is next to no attack or decay left to reverse.
     backwards = _coin(n, 0.5, g).bool()
     db = torch.where(backwards, db.flip(2), db)
-    db = _shift_rows(db, g)
+    db = _shift_rows(db, s, g)
 
     db = db - db.amax(dim=(1, 2), keepdim=True)
-    db = db * _uniform(n, 0.75, 1.25, g)
-    db = db + _equaliser(n, 3.0, g)
-    db = _blur(db, _uniform(n, 0.0, 0.25, g) * _coin(n, 0.4, g), 1)
-    db = _blur(db, _uniform(n, 0.0, 0.2, g) * _coin(n, 0.25, g), 2)
+    db = db * (1.0 + s * _uniform(n, -0.25, 0.25, g))
+    db = db + s * _equaliser(n, 4.0, g)
+    db = _blur(db, s * _uniform(n, 0.0, 0.3, g) * _coin(n, 0.5, g), 1)
+    db = _blur(db, s * _uniform(n, 0.0, 0.2, g) * _coin(n, 0.25, g), 2)
 
     # Codec and resampler low-pass. A 44.1 kHz file resampled to 22,050 Hz always
     # loses the last few rows; no array shows that, so it is drawn separately.
-    for p, lowest in ((0.3, 75.0), (0.5, 121.0)):
+    for p, lowest in ((0.25, 80.0), (0.5, 121.0)):
         edge = _uniform(n, lowest, 128.0, g)
         slope = _uniform(n, 1.0, 12.0, g) * _coin(n, p, g)
         db = db - slope * (rows - edge).clamp(min=0)
     edge = _uniform(n, 0.0, 8.0, g)
-    slope = _uniform(n, 0.5, 6.0, g) * _coin(n, 0.2, g)
+    slope = s * _uniform(n, 0.5, 6.0, g) * _coin(n, 0.2, g)
     db = db - slope * (edge - rows).clamp(min=0)
 
     # A floor of noise under the music, tilted; it also hides where each source's
     # decibels were clipped.
     level = _uniform(n, -75.0, -40.0, g) + _uniform(n, -0.1, 0.1, g) * (rows - 64)
-    level = level + 200.0 * (_coin(n, 0.35, g) - 1.0)
+    level = level + 200.0 * (_coin(n, 0.25, g) - 1.0)
     db = torch.logaddexp(db * 0.2302585, level * 0.2302585) / 0.2302585
-    grain = _uniform(n, 0.0, 2.5, g) * _coin(n, 0.5, g)
+    grain = s * _uniform(n, 0.0, 2.5, g) * _coin(n, 0.5, g)
     return db + grain * torch.randn(db.shape, generator=g)
 
 
@@ -339,7 +341,6 @@ def training_batches(
     balance: float,
     mix_share: float,
     full_share: float = 0.5,
-    weight: Optional[F32] = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """``count`` batches of (windows uint8 [batch, 128, 128], soft targets [batch, c]).
 
@@ -348,12 +349,8 @@ def training_batches(
     """
     rng = np.random.default_rng(seed)
     g = torch.Generator().manual_seed(seed)
-    size = np.bincount(clips.label[clips.label >= 0], minlength=targets.shape[1])
-    chance = np.where(
-        clips.label >= 0, np.maximum(size, 1)[clips.label] ** (balance - 1.0), 0.0
-    )
-    if weight is not None:
-        chance = np.where(clips.label >= 0, chance, weight)
+    size = np.bincount(clips.label, minlength=targets.shape[1])
+    chance = size[clips.label] ** (balance - 1.0)
     chance = chance / chance.sum()
     for _ in range(count):
         pick = rng.choice(len(clips), size=batch, p=chance)
@@ -361,7 +358,6 @@ def training_batches(
         x = augment(torch.from_numpy(db), g)
         x = (x - x.amax(dim=(1, 2), keepdim=True)).clamp(min=FLOOR_DB)
         x, y = mix(x, torch.from_numpy(targets[pick]), g, mix_share)
-        for _ in range(2):
-            x = _mask(x, 1, 20, 0.4, g)
-            x = _mask(x, 2, 28, 0.4, g)
+        x = _mask(x, 1, 20, 0.3, g)
+        x = _mask(x, 2, 32, 0.3, g)
         yield quantise(x, dither=True), y

@@ -25,14 +25,16 @@ from torch.nn import functional as F
 import labels
 import metrics
 import prepare
+import teacher
 from model import GenreViT, ModelConfig, count_parameters
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments() -> tuple[argparse.Namespace, dict[str, object]]:
+    """The arguments, and the defaults of those that have one."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--data", type=Path, required=True, help="folder with the four .npz files")
     p.add_argument("--out", type=Path, required=True, help="folder for this run")
-    p.add_argument("--epochs", type=int, default=60)
+    p.add_argument("--epochs", type=int, default=70)
     p.add_argument("--max-minutes", type=float, default=0.0,
                    help="anneal so that the run ends by then (0: no limit)")
     p.add_argument("--batch", type=int, default=64)
@@ -43,14 +45,13 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--balance", type=float, default=0.5, help="1: as the data, 0: genres equal")
     p.add_argument("--average", type=float, default=0.998, help="weight averaging per step")
     p.add_argument("--depth", type=int, default=ModelConfig.depth)
-    p.add_argument("--teacher", type=Path, default=None, help="soft targets, see teacher.py")
-    p.add_argument("--teacher-share", type=float, default=0.5)
-    p.add_argument("--unlabelled-share", type=float, default=0.0,
-                   help="share of draws from clips without a target genre (with --teacher)")
+    p.add_argument("--teacher-share", type=float, default=0.5,
+                   help="weight of teacher.py's soft targets; made in OUT where missing")
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--float32", action="store_true", help="no bfloat16")
-    return p.parse_args()
+    args = p.parse_args()
+    return args, {k: p.get_default(k) for k in vars(args)}
 
 
 class Average:
@@ -93,38 +94,27 @@ def processor_name() -> str:
 
 
 def main() -> None:
-    args = parse_arguments()
+    args, defaults = parse_arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
-    train = prepare.load_split(args.data, "train")
+    train = prepare.load_split(args.data, "train").labelled()
     valid = prepare.load_split(args.data, "valid").labelled()
     valid_windows = prepare.plain_windows(valid)
 
     classes = len(labels.LABELS)
-    weight = None
-    if args.teacher is None:
-        train = train.labelled()
-        targets = np.eye(classes, dtype=np.float32)[train.label]
-        targets = targets * (1 - args.smoothing) + args.smoothing / classes
-    else:
-        with np.load(args.teacher) as z:
+    targets = np.eye(classes, dtype=np.float32)[train.label]
+    targets = targets * (1 - args.smoothing) + args.smoothing / classes
+    if args.teacher_share > 0:
+        soft_path = args.out / "teacher.npz"
+        if not soft_path.exists():
+            teacher.make(train, soft_path)
+        with np.load(soft_path) as z:
             soft = z["probability"].astype(np.float32)
-        if soft.shape != (len(train), classes):
-            raise SystemExit(f"{args.teacher}: {soft.shape}, expected {(len(train), classes)}")
-        known = train.label >= 0
-        hard = np.eye(classes, dtype=np.float32)[np.maximum(train.label, 0)]
-        hard = hard * (1 - args.smoothing) + args.smoothing / classes
-        share = np.where(known, args.teacher_share, 1.0).astype(np.float32)[:, None]
-        targets = share * soft + (1 - share) * hard
-        # Total chance of the labelled clips, to give the others their share of it.
-        size = np.bincount(train.label[known], minlength=classes)
-        total = float((size[train.label[known]] ** (args.balance - 1.0)).sum())
-        ratio = args.unlabelled_share / max(1e-9, 1.0 - args.unlabelled_share)
-        weight = np.full(len(train), total * ratio / max(1, int((~known).sum())), dtype=np.float32)
-        if args.unlabelled_share == 0.0:
-            weight[:] = 0.0
+        if soft.shape != targets.shape:
+            raise SystemExit(f"{soft_path}: {soft.shape}, expected {targets.shape}")
+        targets = args.teacher_share * soft + (1 - args.teacher_share) * targets
 
     sample = prepare.plain_windows(train).float() / 255.0
     config = replace(
@@ -142,11 +132,9 @@ def main() -> None:
          {"params": others, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98),
     )
 
-    labelled = int((train.label >= 0).sum())
-    steps = labelled // args.batch
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    for hidden in ("data", "out", "teacher"):
-        settings[hidden] = Path(settings[hidden]).name if settings[hidden] else None
+    steps = len(train) // args.batch
+    settings = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
+    changed = [k for k, v in settings.items() if v != defaults[k]]
     history: list[dict[str, object]] = []
     begin = time.time()
     done = 0.0
@@ -161,7 +149,7 @@ def main() -> None:
         taken = 0
         batches = prepare.training_batches(
             train, targets, args.batch, steps, args.seed * 10_000 + epoch,
-            args.balance, args.mix, weight=weight,
+            args.balance, args.mix,
         )
         for x, y in batches:
             # Progress is steps, or time where a limit is set and nearer: on a
@@ -176,11 +164,12 @@ def main() -> None:
             for group in optimiser.param_groups:
                 group["lr"] = rate
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not args.float32):
-                logits, stem_logits = model.training_logits(x)
-            loss = -(y * F.log_softmax(logits.float(), dim=1)).sum(dim=1).mean()
-            aside = -(y * F.log_softmax(stem_logits.float(), dim=1)).sum(dim=1).mean()
+                answers = model.training_logits(x)
+            loss, stem_loss, statistics_loss = (
+                -(y * F.log_softmax(z.float(), dim=1)).sum(dim=1).mean() for z in answers
+            )
             optimiser.zero_grad(set_to_none=True)
-            (loss + 0.3 * aside).backward()
+            (loss + 0.3 * stem_loss + 0.3 * statistics_loss).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             average.update(model)
@@ -215,8 +204,11 @@ def main() -> None:
         os.replace(args.out / "model.tmp", args.out / "model.pt")
         np.savez(args.out / "valid.npz", logits=logits, label=valid.label, source=valid.source)
         (args.out / "run.json").write_text(json.dumps({
-            "settings": settings, "parameters": count_parameters(model),
-            "trainClips": len(train), "labelledTrainClips": labelled, "validClips": len(valid),
+            "settings": settings, "nonDefault": changed, "parameters": count_parameters(model),
+            "trainClips": len(train), "validClips": len(valid),
+            "trainClipsByGenre": {
+                name: int((train.label == c).sum()) for c, name in enumerate(labels.LABELS)
+            },
             "epochsDone": epoch, "finished": done >= 1.0,
             "minutes": round((time.time() - begin) / 60, 1),
             "machine": f"{processor_name()}, {args.threads} threads, "

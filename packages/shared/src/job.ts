@@ -53,6 +53,17 @@ export const decodedSchema = z.strictObject({
 });
 export type Decoded = z.infer<typeof decodedSchema>;
 
+/** The JSON beside a tensor: with it the step is known to be complete and need not be repeated. */
+export const sidecarSchema = z.strictObject({
+  v: z.literal(1),
+  frontEnd: z.string().describe('front-end version that wrote the tensor'),
+  profileHash: z.string(),
+  windows: decodedSchema.shape.windows,
+  input: inputFactsSchema,
+  warnings: decodedSchema.shape.warnings,
+});
+export type Sidecar = z.infer<typeof sidecarSchema>;
+
 /** What the inference service found, committed with the state `completed`. */
 export const outcomeSchema = z.strictObject({
   probabilities: z

@@ -64,31 +64,41 @@ export interface Announcement {
 const workersKey = 'as:workers';
 const modelKey = (digest: string) => `as:model:${digest}`;
 const beatMs = 3_000;
+const retryMs = 250;
 const goneAfterMs = 12_000;
 
 /**
- * Announces until closed. Failures to reach Redis are passed over: the next beat tells again, and readiness
- * has its own check.
+ * Announces until closed. While there is nothing to announce or Redis is away it tries again soon, so that a
+ * worker that has just become ready is known at once; readiness has its own check.
  */
 export function announce(
   redis: Redis,
   description: ModelDescription,
   announcement: () => Announcement | undefined,
 ): { stop(): Promise<void> } {
-  let last: Announcement | undefined;
-  const beat = async () => {
-    last = announcement();
-    if (last === undefined) return;
-    const field = `${last.queue}/${last.workerId}`;
+  let told: string | undefined;
+  let stopped = false;
+  let timer: NodeJS.Timeout | undefined;
+  const tell = async () => {
+    const current = announcement();
+    if (current === undefined) return false;
+    const field = `${current.queue}/${current.workerId}`;
     await redis.set(modelKey(description.digest), JSON.stringify(description));
-    await redis.hset(workersKey, field, JSON.stringify({ ...last, seen: Date.now() }));
+    await redis.hset(workersKey, field, JSON.stringify({ ...current, seen: Date.now() }));
+    told = field;
+    return true;
   };
-  const timer = setInterval(() => void beat().catch(() => {}), beatMs);
-  void beat().catch(() => {});
+  const beat = async () => {
+    const done = await tell().catch(() => false);
+    if (!stopped) timer = setTimeout(() => void (beating = beat()), done ? beatMs : retryMs);
+  };
+  let beating = beat();
   return {
     async stop() {
-      clearInterval(timer);
-      if (last) await redis.hdel(workersKey, `${last.queue}/${last.workerId}`).catch(() => {});
+      stopped = true;
+      clearTimeout(timer);
+      await beating;
+      if (told !== undefined) await redis.hdel(workersKey, told).catch(() => {});
     },
   };
 }

@@ -1,6 +1,6 @@
 /**
  * The tensor between decoder and inference: `uint8 [windows, bands, frames]`, row 0 the lowest mel band, as
- * a NumPy `.npy` file with a JSON sidecar. One byte a cell is what the model reads.
+ * a NumPy `.npy` file with a JSON sidecar (`sidecarSchema` in job.ts). One byte a cell is what the model reads.
  *
  * Format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html (version 1.0)
  */
@@ -21,14 +21,6 @@ export const windowInfoSchema = z.strictObject({
   silent: z.boolean().describe('peaks under -60 dBFS: has no genre'),
 });
 export type WindowInfo = z.infer<typeof windowInfoSchema>;
-
-export const sidecarSchema = z.strictObject({
-  v: z.literal(1),
-  frontEnd: z.string().describe('front-end version that wrote the tensor'),
-  profileHash: z.string(),
-  windows: z.array(windowInfoSchema).min(1),
-});
-export type Sidecar = z.infer<typeof sidecarSchema>;
 
 const magic = Buffer.from([0x93, 0x4e, 0x55, 0x4d, 0x50, 0x59, 1, 0]);
 

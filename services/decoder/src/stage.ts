@@ -1,0 +1,173 @@
+/** The decode stage: an audio object -> log-mel windows and a spectrogram in storage -> the job record. */
+import { createReadStream } from 'node:fs';
+import { mkdir, mkdtemp, rm } from 'node:fs/promises';
+import path from 'node:path';
+import { InfrastructureFault, ProblemError } from '@acousticsense/shared/errors';
+import { type Decoded, type JobRecord, type Sidecar, sidecarSchema } from '@acousticsense/shared/job';
+import { spectrogramKey, tensorKey } from '@acousticsense/shared/object-keys';
+import type { Queues } from '@acousticsense/shared/queues';
+import type { Stage, StageJob } from '@acousticsense/shared/stage';
+import { ObjectNotFound, type Storage, toScratch } from '@acousticsense/shared/storage';
+import { type Analysis, type FrontEnd, frontEndVersion } from './front-end.ts';
+import { hashSelection } from './windows.ts';
+
+export interface DecodeStageDeps {
+  readonly storage: Storage;
+  readonly frontEnd: FrontEnd;
+  readonly queues: Pick<Queues, 'add'>;
+  readonly profileHash: string;
+  readonly scratchDirectory: string;
+}
+
+interface DecodedAt {
+  readonly decoded: Decoded;
+  /** When the audio lay in scratch (epoch ms). */
+  readonly fetchedAt: number;
+}
+
+export function createDecodeStage({
+  storage,
+  frontEnd,
+  queues,
+  profileHash,
+  scratchDirectory,
+}: DecodeStageDeps): Stage {
+  return {
+    async run(job, signal) {
+      const { record } = job;
+      const begun = Date.now();
+      const key = keyOf(record);
+      const { decoded, fetchedAt } =
+        (await findDecoded(job, key, signal)) ?? (await decode(job, key, signal));
+      const timings = {
+        decodeWait: Math.max(0, begun - record.createdAt),
+        decodeFetch: fetchedAt - begun,
+        decode: Date.now() - fetchedAt,
+      };
+      await job.commit('decoded', { decoded, timings });
+      await queues.add('inference', record);
+    },
+
+    async handOn({ record }) {
+      await queues.add('inference', record);
+    },
+  };
+
+  async function decode(job: StageJob, key: string, signal: AbortSignal): Promise<DecodedAt> {
+    const { record } = job;
+    await using scratch = await openScratch(scratchDirectory);
+    // A fixed name: what the caller named the file reaches no command line.
+    const audio = path.join(scratch.directory, 'audio');
+    await fetchAudio(record.audio.key, audio, signal);
+    const fetchedAt = Date.now();
+    const analysis = await frontEnd.analyse(
+      audio,
+      record.selection,
+      scratch.directory,
+      signal,
+      throttled(job),
+    );
+    await store(record, key, analysis, signal);
+    const { windows, input, warnings } = analysis;
+    const decoded: Decoded = { contentId: record.audio.sha256, tensorKey: key, windows, input, warnings };
+    return { decoded, fetchedAt };
+  }
+
+  function keyOf({ tenant, audio, selection }: JobRecord): string {
+    const selectionHash = hashSelection(selection);
+    return tensorKey({
+      tenant,
+      contentId: audio.sha256,
+      profileHash,
+      selectionHash,
+      frontEnd: frontEndVersion,
+    });
+  }
+
+  /** What an earlier run of this job left complete before it could commit: the sidecar is written last. */
+  async function findDecoded(
+    { record, log }: StageJob,
+    key: string,
+    signal: AbortSignal,
+  ): Promise<DecodedAt | undefined> {
+    const [tensor, picture] = await Promise.all([
+      fromStorage(() => storage.stat(`${key}.npy`)),
+      fromStorage(() => storage.stat(spectrogramKey(record.tenant, record.id))),
+    ]);
+    if (tensor === undefined || picture === undefined) return undefined;
+    const sidecar = await readSidecar(`${key}.json`, signal);
+    if (sidecar?.frontEnd !== frontEndVersion || sidecar.profileHash !== profileHash) return undefined;
+    log.info({ tensorKey: key }, 'decoded before');
+    const { windows, input, warnings } = sidecar;
+    const decoded: Decoded = { contentId: record.audio.sha256, tensorKey: key, windows, input, warnings };
+    return { decoded, fetchedAt: Date.now() };
+  }
+
+  async function readSidecar(key: string, signal: AbortSignal): Promise<Sidecar | undefined> {
+    try {
+      const text = await fromStorage(() => storage.read(key, signal));
+      return sidecarSchema.safeParse(JSON.parse(text.toString('utf8'))).data;
+    } catch (error) {
+      if (error instanceof ObjectNotFound || error instanceof SyntaxError) return undefined;
+      throw error;
+    }
+  }
+
+  async function fetchAudio(key: string, file: string, signal: AbortSignal): Promise<void> {
+    try {
+      await fromStorage(() => toScratch(storage, key, file, signal));
+    } catch (error) {
+      if (!(error instanceof ObjectNotFound)) throw error;
+      throw new ProblemError(
+        'audio_gone',
+        'The audio of this job is no longer stored: send it again.',
+        {},
+        error,
+      );
+    }
+  }
+
+  async function store(
+    record: JobRecord,
+    key: string,
+    analysis: Analysis,
+    signal: AbortSignal,
+  ): Promise<void> {
+    const { tensorFile, spectrogramFile, windows, input, warnings } = analysis;
+    await fromStorage(() =>
+      Promise.all([
+        storage.put(`${key}.npy`, createReadStream(tensorFile), signal),
+        storage.put(spectrogramKey(record.tenant, record.id), createReadStream(spectrogramFile), signal),
+      ]),
+    );
+    const sidecar: Sidecar = { v: 1, frontEnd: frontEndVersion, profileHash, windows, input, warnings };
+    await fromStorage(() => storage.put(`${key}.json`, Buffer.from(JSON.stringify(sidecar)), signal));
+  }
+
+  /** Anything but a missing object or a cancel means that the storage (or the scratch disk) is away. */
+  async function fromStorage<T>(operation: () => Promise<T>): Promise<T> {
+    try {
+      return await operation();
+    } catch (error) {
+      if (error instanceof ObjectNotFound || (error instanceof Error && error.name === 'AbortError'))
+        throw error;
+      throw new InfrastructureFault('storage', `Storage cannot be used: ${(error as Error).message}`, error);
+    }
+  }
+}
+
+async function openScratch(parent: string): Promise<AsyncDisposable & { directory: string }> {
+  await mkdir(parent, { recursive: true });
+  const directory = await mkdtemp(path.join(parent, 'decode-'));
+  return { directory, [Symbol.asyncDispose]: () => rm(directory, { recursive: true, force: true }) };
+}
+
+/** At most five signs of progress a second: each is a message to every API process. */
+function throttled(job: StageJob): (fraction: number) => void {
+  let last = Date.now();
+  return (fraction) => {
+    if (Date.now() - last < 200) return;
+    last = Date.now();
+    job.progress(fraction);
+  };
+}

@@ -1,0 +1,482 @@
+/** The API as its callers meet it: uploads, options, errors, events, access. Real processes, real Redis. */
+import assert from 'node:assert/strict';
+import { createHash, randomBytes } from 'node:crypto';
+import { readdir } from 'node:fs/promises';
+import { request as httpRequest } from 'node:http';
+import { connect } from 'node:net';
+import path from 'node:path';
+import { after, before, describe, test } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { jobSchema, modelSchema, predictionSchema, problemSchema } from '../services/api/src/schemas.ts';
+import { sine, wav } from './audio.ts';
+import { finished, formOf, type Problem, request, serverSentEvents, upload } from './client.ts';
+import { type System, startSystem } from './system.ts';
+
+const tone = (seconds: number, hz: number) =>
+  wav([sine({ seconds, hz, sampleRate: 22_050 })], { sampleRate: 22_050 });
+const song = tone(12, 440);
+
+describe('the API', () => {
+  let system: System;
+  before(async () => {
+    system = await startSystem({ env: { MAX_UPLOAD_BYTES: String(3 << 20) } });
+  });
+  after(() => system?.stop());
+
+  const jobs = () => `${system.url}/v1/jobs`;
+  const post = (body: FormData | string, headers: Record<string, string> = {}) =>
+    request<Problem>(jobs(), { method: 'POST', body, headers });
+  const storedFiles = async () => {
+    const entries = await readdir(path.join(system.directory, 'objects'), {
+      recursive: true,
+      withFileTypes: true,
+    }).catch(() => []);
+    return entries.filter((entry) => entry.isFile()).map((entry) => path.join(entry.parentPath, entry.name));
+  };
+
+  async function assertProblem(
+    answer: { status: number; body: Problem; headers: Headers },
+    status: number,
+    code: string,
+    detail?: RegExp,
+  ) {
+    assert.deepEqual([answer.status, answer.body.code], [status, code], JSON.stringify(answer.body));
+    assert.match(answer.headers.get('content-type') ?? '', /^application\/problem\+json/);
+    problemSchema.parse(answer.body);
+    if (detail) assert.match(answer.body.detail, detail);
+  }
+
+  test('a song is accepted with 202 and a Location, and gets its genres', async () => {
+    const answer = await request(jobs(), { method: 'POST', body: formOf(song) });
+    assert.equal(answer.status, 202);
+    assert.equal(answer.headers.get('location'), `/v1/jobs/${answer.body.id}`);
+    assert.equal(answer.body.state, 'queued');
+    const job = await finished(system.url, answer.body.id);
+    jobSchema.parse(job);
+    assert.equal(job.state, 'completed', JSON.stringify(job.error));
+    assert.equal(job.result!.top.length, 5);
+    const sum = Object.values(job.result!.probabilities).reduce((a, b) => a + b, 0);
+    assert.ok(Math.abs(sum - 1) < 1e-3, `probabilities sum to ${sum}`);
+    const confidences = job.result!.top.map(({ confidence }) => confidence);
+    assert.deepEqual(
+      confidences,
+      confidences.toSorted((a, b) => b - a),
+    );
+    assert.equal(job.result!.lead, Math.round((confidences[0]! - confidences[1]!) * 1e6) / 1e6);
+    assert.equal(job.result!.provider, 'cpu');
+    assert.equal(job.input!.codec, 'pcm_s16le');
+  });
+
+  test('topK, threshold and windows shape the answer', async () => {
+    const sent = await upload(system.url, tone(70, 330).subarray(0, 3 << 20), {
+      fields: { topK: '3', threshold: '1', windows: 'all' },
+    });
+    const job = await finished(system.url, sent.id);
+    assert.equal(job.result!.top.length, 3);
+    assert.equal(job.result!.threshold, 1);
+    assert.equal(job.result!.uncertain, true);
+    assert.ok(job.result!.windows.length >= 2, `${job.result!.windows.length} windows`);
+  });
+
+  test('start and duration choose what is analysed', async () => {
+    const sent = await upload(system.url, song, { fields: { start: '2', duration: '8.5' } });
+    const job = await finished(system.url, sent.id);
+    assert.ok(Math.abs(job.input!.analysedStart - 2) < 0.3, String(job.input!.analysedStart));
+    assert.ok(Math.abs(job.input!.analysedEnd - 10.5) < 0.6, String(job.input!.analysedEnd));
+  });
+
+  test('options after the file count as well as before it', async () => {
+    const form = formOf(song);
+    form.append('topK', '2');
+    const answer = await request(jobs(), { method: 'POST', body: form });
+    assert.equal((await finished(system.url, answer.body.id)).result!.top.length, 2);
+  });
+
+  test('the same song twice gives the same numbers', async () => {
+    const both = await Promise.all([upload(system.url, song), upload(system.url, song)]);
+    const [a, b] = await Promise.all(both.map(({ id }) => finished(system.url, id)));
+    assert.deepEqual(a!.result!.probabilities, b!.result!.probabilities);
+  });
+
+  for (const [fields, field] of [
+    [{ topK: '0' }, 'topK'],
+    [{ topK: 'many' }, 'topK'],
+    [{ topK: '2.5' }, 'topK'],
+    [{ threshold: '1.5' }, 'threshold'],
+    [{ threshold: 'NaN' }, 'threshold'],
+    [{ windows: 'some' }, 'windows'],
+    [{ windows: '0' }, 'windows'],
+    [{ windows: '65' }, 'windows'],
+    [{ start: '-1' }, 'start'],
+    [{ start: '1e309' }, 'start'],
+    [{ duration: '0' }, 'duration'],
+    [{ colour: 'blue' }, 'colour'],
+    [{ __proto__x: '1' }, '__proto__x'],
+  ] as const) {
+    test(`the option ${JSON.stringify(fields)} is refused with 400 that names ${field}`, async () => {
+      const answer = await post(formOf(song, { fields }));
+      await assertProblem(answer, 400, 'bad_option');
+      assert.equal(answer.body.field, field);
+    });
+  }
+
+  test('a refused upload leaves no object behind', async () => {
+    const before = (await storedFiles()).length;
+    await post(formOf(song, { fields: { topK: '0' } }));
+    await post(formOf(new Uint8Array()));
+    await post(formOf(song, { field: 'music' }));
+    assert.equal((await storedFiles()).length, before);
+  });
+
+  test('an empty file is empty_file', async () => {
+    await assertProblem(await post(formOf(new Uint8Array())), 422, 'empty_file');
+  });
+
+  test('no file is no_file, and a file in another field too, naming the field', async () => {
+    const form = new FormData();
+    form.append('topK', '5');
+    await assertProblem(await post(form), 400, 'no_file', /"file"/);
+    await assertProblem(await post(formOf(song, { field: 'music' })), 400, 'no_file', /"music".*"file"/);
+    await assertProblem(await post(new FormData()), 400, 'no_file');
+  });
+
+  test('two files are too_many_files', async () => {
+    const form = formOf(song);
+    form.append('file', new Blob([song as Uint8Array<ArrayBuffer>]), 'second.wav');
+    await assertProblem(await post(form), 400, 'too_many_files');
+  });
+
+  test('another content type is 415', async () => {
+    await assertProblem(await post('hello', { 'content-type': 'text/plain' }), 415, 'wrong_content_type');
+    await assertProblem(await post('{}', { 'content-type': 'application/json' }), 415, 'wrong_content_type');
+    await assertProblem(
+      await post('x', { 'content-type': 'multipart/form-data' }),
+      415,
+      'wrong_content_type',
+    );
+  });
+
+  test('a form that breaks off is a 400', async () => {
+    const body = '--b\r\nContent-Disposition: form-data; name="file"; filename="a.mp3"\r\n\r\nabc';
+    const answer = await post(body, { 'content-type': 'multipart/form-data; boundary=b' });
+    assert.equal(answer.status, 400);
+  });
+
+  test('a body over the limit is 413, whether the length is announced or not', async () => {
+    const large = new Uint8Array(4 << 20);
+    await assertProblem(await post(formOf(large)), 413, 'file_too_large', /3 MiB/);
+    const { body, type } = await encoded(formOf(large));
+    const status = await new Promise<number>((resolve, reject) => {
+      const sent = httpRequest(jobs(), {
+        method: 'POST',
+        headers: { 'content-type': type, 'transfer-encoding': 'chunked' },
+      });
+      sent.on('response', (response) => resolve(response.statusCode!));
+      sent.on('error', reject);
+      sent.end(body);
+    });
+    assert.equal(status, 413);
+  });
+
+  test('a file of exactly the limit is taken', async () => {
+    const short = tone(10, 200);
+    const full = Buffer.concat([short, Buffer.alloc((3 << 20) - short.length)]);
+    assert.equal((await post(formOf(full))).status, 202);
+  });
+
+  test('a connection cut in mid-upload leaves no job and no object', async () => {
+    const before = await storedFiles();
+    const { port } = new URL(system.url);
+    const socket = connect(Number(port), '127.0.0.1');
+    socket.write(
+      `POST /v1/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: 1000000\r\n\r\n` +
+        `--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n`,
+    );
+    socket.write(randomBytes(200_000));
+    await sleep(300);
+    socket.destroy();
+    await sleep(500);
+    assert.deepEqual((await storedFiles()).sort(), before.sort());
+    assert.equal((await finished(system.url, (await upload(system.url, song)).id)).state, 'completed');
+  });
+
+  for (const [name, shown] of [
+    ['../../etc/passwd', /^passwd$/],
+    ['..\\..\\boot.ini', /boot\.ini$/],
+    ['new\nline.mp3', /line/],
+    ['🎷 jazz 爵士.mp3', /^🎷 jazz 爵士\.mp3$/],
+    [`${'x'.repeat(300)}.mp3`, /^x{255}$/],
+    ['', /./],
+    ['..', /^unnamed$/],
+  ] as const) {
+    test(`the file name ${JSON.stringify(name).slice(0, 40)} is only ever shown`, async () => {
+      const answer = await request(jobs(), { method: 'POST', body: formOf(song, { name: name || 'blob' }) });
+      assert.equal(answer.status, 202);
+      assert.match(answer.body.filename, shown);
+      assert.doesNotMatch(answer.body.filename, /[\n\r/\\]/);
+      const job = await finished(system.url, answer.body.id);
+      assert.equal(job.state, 'completed');
+      const picture = await fetch(system.url + job.links.spectrogram);
+      assert.equal(picture.status, 200);
+      await picture.arrayBuffer();
+    });
+  }
+
+  test('an unknown job is 404 everywhere, and so is an id that is none', async () => {
+    for (const id of ['01990000-0000-7000-8000-000000000000', 'nonsense', '..%2f..%2fx', '%00']) {
+      await assertProblem(await request<Problem>(`${jobs()}/${id}`), 404, 'job_not_found');
+      await assertProblem(
+        await request<Problem>(`${jobs()}/${id}`, { method: 'DELETE' }),
+        404,
+        'job_not_found',
+      );
+      await assertProblem(await request<Problem>(`${jobs()}/${id}/events`), 404, 'job_not_found');
+      await assertProblem(await request<Problem>(`${jobs()}/${id}/spectrogram.png`), 404, 'job_not_found');
+    }
+  });
+
+  test('an address that is not served is a problem, as is a method', async () => {
+    await assertProblem(await request<Problem>(`${system.url}/v2/jobs`), 404, 'not_found');
+    await assertProblem(await request<Problem>(`${system.url}/%E0%A4%A`), 400, 'bad_request');
+    await assertProblem(await request<Problem>(jobs(), { method: 'PUT' }), 405, 'method_not_allowed');
+  });
+
+  test('the spectrogram is a PNG of 224 by 224, the low tone at the bottom', async () => {
+    const low = await finished(system.url, (await upload(system.url, tone(10, 150))).id);
+    const { decode } = await import('fast-png');
+    const response = await fetch(system.url + low.links.spectrogram);
+    assert.equal(response.headers.get('content-type'), 'image/png');
+    const image = decode(new Uint8Array(await response.arrayBuffer()));
+    assert.deepEqual([image.width, image.height, image.channels], [224, 224, 3]);
+    const brightness = (y: number) => {
+      let sum = 0;
+      for (let x = 0; x < 224; x += 1)
+        for (let c = 0; c < 3; c += 1) sum += image.data[(y * 224 + x) * 3 + c]!;
+      return sum;
+    };
+    const rows = Array.from({ length: 224 }, (_, y) => brightness(y));
+    const brightest = rows.indexOf(Math.max(...rows));
+    assert.ok(brightest > 200, `the brightest row is ${brightest}`);
+    const large = await fetch(`${system.url}${low.links.spectrogram}?scale=4`);
+    assert.equal(decode(new Uint8Array(await large.arrayBuffer())).width, 896);
+    await assertProblem(
+      await request<Problem>(`${system.url}${low.links.spectrogram}?scale=9`),
+      400,
+      'bad_option',
+    );
+  });
+
+  test('the event stream tells every state in order and ends with the result', async () => {
+    const sent = await upload(system.url, song);
+    const states: string[] = [];
+    const versions: number[] = [];
+    for await (const { event, data, id } of serverSentEvents(system.url + sent.links.events)) {
+      if (event !== 'job') continue;
+      const job = jobSchema.parse(data);
+      assert.equal(String(job.version), id);
+      versions.push(job.version);
+      states.push(job.state);
+    }
+    assert.equal(states.at(-1), 'completed');
+    assert.deepEqual(
+      versions,
+      versions.toSorted((a, b) => a - b),
+    );
+    const order = ['queued', 'decoding', 'decoded', 'classifying', 'completed'];
+    assert.deepEqual(
+      states,
+      order.filter((state) => states.includes(state)),
+    );
+  });
+
+  test('the event stream of a finished job is its snapshot, then the end', async () => {
+    const job = await finished(system.url, (await upload(system.url, song)).id);
+    const events = await Array.fromAsync(serverSentEvents(system.url + job.links.events));
+    assert.deepEqual(
+      events.map(({ event }) => event),
+      ['job'],
+    );
+    assert.deepEqual(events[0]!.data, job);
+    const again = await Array.fromAsync(
+      serverSentEvents(system.url + job.links.events, { headers: { 'last-event-id': String(job.version) } }),
+    );
+    assert.equal(again.length, 1);
+  });
+
+  test('deleting a finished job deletes its objects, and it is gone', async () => {
+    const own = tone(9, 700);
+    const job = await finished(system.url, (await upload(system.url, own)).id);
+    const mine = async () =>
+      (await storedFiles()).filter((file) => file.includes(job.id) || file.includes(sha256(own)));
+    assert.ok((await mine()).length >= 2);
+    assert.equal((await request(`${jobs()}/${job.id}`, { method: 'DELETE' })).status, 204);
+    assert.deepEqual(await mine(), []);
+    await assertProblem(await request<Problem>(`${jobs()}/${job.id}`), 404, 'job_not_found');
+  });
+
+  test("the seed's call answers with exactly its shape", async () => {
+    for (const at of ['/api/predict/', '/api/predict']) {
+      const answer = await request<{
+        prediction: { label: string; confidence: number }[];
+        mel_spectrogram_url: string;
+      }>(system.url + at, {
+        method: 'POST',
+        body: formOf(song, { field: 'data' }),
+      });
+      assert.equal(answer.status, 200, JSON.stringify(answer.body));
+      predictionSchema.parse(answer.body);
+      assert.deepEqual(Object.keys(answer.body), ['prediction', 'mel_spectrogram_url']);
+      assert.equal(answer.body.prediction.length, 5);
+      const picture = await fetch(answer.body.mel_spectrogram_url);
+      assert.equal(picture.headers.get('content-type'), 'image/png');
+      await picture.arrayBuffer();
+    }
+  });
+
+  test("the seed's call tells a problem of the audio as the job would", async () => {
+    const answer = await request<Problem>(`${system.url}/api/predict/`, {
+      method: 'POST',
+      body: formOf(Buffer.from('this is not music\n'.repeat(100)), { field: 'data' }),
+    });
+    await assertProblem(answer, 422, 'not_audio');
+  });
+
+  test('the model says what it is, what it was measured at, and how long things are kept', async () => {
+    const { status, body } = await request<Record<string, unknown>>(`${system.url}/v1/model`);
+    assert.equal(status, 200);
+    const model = modelSchema.parse(body);
+    assert.equal(model.provider, 'cpu');
+    assert.equal(model.limits.maxBytes, 3 << 20);
+    assert.ok(model.accuracy.top1 > 0 && model.accuracy.top1 <= 1);
+  });
+
+  test('the OpenAPI document names every path that is served and resolves its references', async () => {
+    const { body } = await request<{
+      paths: Record<string, unknown>;
+      components: { schemas: Record<string, unknown> };
+    }>(`${system.url}/openapi.json`);
+    assert.deepEqual(Object.keys(body.paths).sort(), [
+      '/api/predict/',
+      '/v1/jobs',
+      '/v1/jobs/{id}',
+      '/v1/jobs/{id}/events',
+      '/v1/jobs/{id}/spectrogram.png',
+      '/v1/model',
+    ]);
+    for (const [, name] of JSON.stringify(body).matchAll(/#\/components\/schemas\/(\w+)/g))
+      assert.ok(name! in body.components.schemas, name);
+  });
+
+  test('health, readiness and metrics are told by every service', async () => {
+    for (const base of [system.url, system.healthUrl('decoder'), system.healthUrl('inference')]) {
+      assert.equal((await fetch(`${base}/healthz`)).status, 200);
+      assert.equal((await fetch(`${base}/readyz`)).status, 200);
+    }
+    const metrics = async (name: 'api' | 'decoder' | 'inference') =>
+      (await fetch(`${system.healthUrl(name)}/metrics`)).text();
+    assert.match(await metrics('api'), /acousticsense_http_request_seconds_count\{.*route="\/v1\/jobs"/);
+    assert.match(await metrics('decoder'), /acousticsense_stage_jobs_total\{.*stage="decode",outcome="done"/);
+    assert.match(
+      await metrics('inference'),
+      /acousticsense_stage_jobs_total\{.*stage="inference",outcome="done"/,
+    );
+    assert.match(await metrics('inference'), /provider="cpu"/);
+  });
+
+  test('every stage logs the job by its id', async () => {
+    const { id } = await finished(system.url, (await upload(system.url, song)).id);
+    for (const name of ['api', 'decoder', 'inference'] as const) {
+      assert.ok(
+        (await system.log(name)).some((line) => line['jobId'] === id),
+        name,
+      );
+    }
+  });
+
+  test('a page elsewhere cannot call through a visitor: Host and Origin are checked', async () => {
+    const get = (headers: Record<string, string>, method = 'GET') =>
+      new Promise<number>((resolve, reject) => {
+        const { hostname, port } = new URL(system.url);
+        httpRequest({ hostname, port, path: '/v1/model', method, headers }, (response) =>
+          resolve(response.resume().statusCode!),
+        )
+          .on('error', reject)
+          .end();
+      });
+    const own = new URL(system.url).host;
+    assert.equal(await get({ host: own }), 200);
+    assert.equal(await get({ host: `localhost:${new URL(system.url).port}` }), 200);
+    assert.equal(await get({ host: 'evil.example' }), 403);
+    assert.equal(await get({ host: `127.0.0.1.evil.example` }), 403);
+    assert.equal(await get({ host: own, origin: 'http://evil.example' }, 'POST'), 403);
+    assert.equal(await get({ host: own, origin: 'null' }, 'POST'), 403);
+    assert.equal(await get({ host: own, origin: system.url }, 'POST'), 405);
+  });
+});
+
+describe('an API with a key', () => {
+  const key = 'a-key-of-some-length';
+  let system: System;
+  before(async () => {
+    system = await startSystem({ env: { API_KEY: key }, without: ['decoder', 'inference'] });
+  });
+  after(() => system?.stop());
+
+  test('answers nothing but health without the key', async () => {
+    assert.equal((await fetch(`${system.url}/healthz`)).status, 200);
+    for (const at of ['/', '/v1/model', '/openapi.json', '/metrics', '/v1/jobs/x']) {
+      assert.equal((await fetch(system.url + at)).status, 401, at);
+      assert.equal(
+        (await fetch(system.url + at, { headers: { authorization: 'Bearer wrong' } })).status,
+        401,
+        at,
+      );
+    }
+  });
+
+  test('takes the key as bearer, as header, or as the cookie that the page sets', async () => {
+    assert.equal(
+      (await fetch(`${system.url}/openapi.json`, { headers: { authorization: `Bearer ${key}` } })).status,
+      200,
+    );
+    assert.equal((await fetch(`${system.url}/openapi.json`, { headers: { 'x-api-key': key } })).status, 200);
+    const opened = await fetch(`${system.url}/?key=${key}`, { redirect: 'manual' });
+    assert.deepEqual([opened.status, opened.headers.get('location')], [303, '/']);
+    const cookie = opened.headers.get('set-cookie')!;
+    assert.match(cookie, /HttpOnly/);
+    assert.match(cookie, /SameSite=Strict/);
+    assert.equal(
+      (await fetch(`${system.url}/openapi.json`, { headers: { cookie: cookie.split(';')[0]! } })).status,
+      200,
+    );
+  });
+
+  test('refuses jobs while nobody serves a model, and says so', async () => {
+    const answer = await request<Problem>(`${system.url}/v1/jobs`, {
+      method: 'POST',
+      body: formOf(song),
+      headers: { 'x-api-key': key },
+    });
+    assert.deepEqual([answer.status, answer.body.code], [503, 'model_not_served']);
+    assert.ok(answer.headers.get('retry-after'));
+    const ready = await request<{ reasons: Record<string, string> }>(`${system.url}/readyz`);
+    assert.equal(ready.status, 503);
+    assert.ok(ready.body.reasons['model']);
+  });
+});
+
+test('an API that others can reach refuses to start without a key', async () => {
+  await assert.rejects(
+    startSystem({ env: { HOST: '0.0.0.0' }, without: ['decoder', 'inference'] }),
+    /HOST=0\.0\.0\.0.*API_KEY/,
+  );
+});
+
+function sha256(bytes: Uint8Array): string {
+  return createHash('sha256').update(bytes).digest('hex');
+}
+
+async function encoded(form: FormData): Promise<{ body: Buffer; type: string }> {
+  const response = new Response(form);
+  return { body: Buffer.from(await response.arrayBuffer()), type: response.headers.get('content-type')! };
+}

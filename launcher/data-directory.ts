@@ -4,6 +4,7 @@ import { randomBytes } from 'node:crypto';
 import {
   accessSync,
   constants,
+  existsSync,
   mkdirSync,
   openSync,
   readFileSync,
@@ -31,7 +32,7 @@ const afterlifeMs = 40_000;
 export function prepareDataDirectory(dataDir: string): void {
   try {
     for (const part of ['.', 'logs', 'redis', 'objects']) {
-      mkdirSync(path.join(dataDir, part), { recursive: true, mode: 0o700 });
+      makeDirectory(path.join(dataDir, part));
       accessSync(path.join(dataDir, part), constants.R_OK | constants.W_OK | constants.X_OK);
     }
   } catch (cause) {
@@ -41,6 +42,13 @@ export function prepareDataDirectory(dataDir: string): void {
       { cause },
     );
   }
+}
+
+/** Not mkdir's own `recursive`: that never returns where the kernel answers ENOENT below an existing parent (/proc). */
+function makeDirectory(directory: string): void {
+  if (existsSync(directory)) return;
+  makeDirectory(path.dirname(directory));
+  mkdirSync(directory, { mode: 0o700 });
 }
 
 /**

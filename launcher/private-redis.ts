@@ -7,7 +7,7 @@ import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { StartupError } from '@acousticsense/shared/errors';
-import { checkRedis, connectRedis } from '@acousticsense/shared/redis';
+import { connectRedis, redisCheck } from '@acousticsense/shared/redis';
 
 /** `sun_path` holds 108 bytes with its end (unix(7)). */
 const longestSocketPath = 107;
@@ -68,7 +68,7 @@ export async function waitForRedis(url: string, patienceMs: number): Promise<voi
         );
       }
     }
-    await checkRedis(redis);
+    await redisCheck(redis)();
   } finally {
     redis.disconnect();
   }

@@ -31,7 +31,7 @@ export interface Service {
   onClose(what: string, close: () => unknown): void;
   /** A readiness check: throws with the reason while the part is away. */
   addCheck(part: string, check: () => Promise<void>): void;
-  /** Reasons why the service is not ready; empty when it is. Runs the checks, at most once a second. */
+  /** Reasons why the service is not ready; empty when it is. Runs the checks, at most four times a second. */
   notReady(): Promise<Record<string, string>>;
   /** Answers /healthz, /readyz and /metrics; false when the path is another. */
   handleHealth(request: IncomingMessage, response: ServerResponse): Promise<boolean>;
@@ -40,6 +40,7 @@ export interface Service {
 }
 
 const checkTimeoutMs = 2_000;
+const checkEveryMs = 250;
 
 export async function startService(
   name: string,
@@ -88,7 +89,7 @@ export async function startService(
     onClose: (what, close) => closers.push({ what, close }),
     addCheck: (part, check) => checks.set(part, check),
     notReady() {
-      if (lastCheck.result === undefined || Date.now() - lastCheck.at > 1_000) {
+      if (lastCheck.result === undefined || Date.now() - lastCheck.at > checkEveryMs) {
         lastCheck = { at: Date.now(), result: runChecks() };
       }
       return lastCheck.result!;
@@ -185,9 +186,13 @@ async function reportReadiness(service: Service): Promise<void> {
       told = true;
     }
   };
-  const timer = setInterval(() => void look(), 1_000);
-  service.onClose('readiness', () => clearInterval(timer));
-  await look();
+  let timer: NodeJS.Timeout;
+  service.onClose('readiness', () => clearTimeout(timer));
+  const next = async () => {
+    await look();
+    timer = setTimeout(() => void next(), told ? 1_000 : checkEveryMs);
+  };
+  await next();
 }
 
 function refuse(log: Logger, error: unknown): void {

@@ -90,7 +90,11 @@ export function announce(
   };
   const beat = async () => {
     const done = await tell().catch(() => false);
-    if (!stopped) timer = setTimeout(() => void (beating = beat()), done ? beatMs : retryMs);
+    if (stopped) return;
+    const again = () => {
+      beating = beat();
+    };
+    timer = setTimeout(again, done ? beatMs : retryMs);
   };
   let beating = beat();
   return {

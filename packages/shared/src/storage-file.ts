@@ -34,6 +34,8 @@ export function createFileStorage(url: URL): Storage {
   async function put(key: string, body: Readable | Uint8Array, signal?: AbortSignal): Promise<void> {
     const file = fileOf(key);
     signal?.throwIfAborted();
+    // The source may fail before the pipeline listens; it then finds the stream's stored error.
+    if (body instanceof Readable) body.on('error', () => {});
     const part = path.join(parts, `${process.pid}-${Date.now()}-${sequence++}`);
     try {
       await onDisk(() => mkdir(parts, { recursive: true }));

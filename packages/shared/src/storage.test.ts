@@ -7,7 +7,7 @@ import { randomBytes, randomUUID } from 'node:crypto';
 import { chmod, mkdtemp, readdir, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
-import { Readable } from 'node:stream';
+import { PassThrough, Readable } from 'node:stream';
 import { after, before, describe, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { pathToFileURL } from 'node:url';
@@ -138,6 +138,14 @@ for (const driver of drivers) {
       await assert.rejects(storage.put(`${root}broken`, broken), /the line was cut/);
       assert.equal(await storage.stat(`${root}broken`), undefined);
       assert.equal((await opened.leftovers?.()) ?? 0, 0);
+    });
+
+    test('a source stream that fails at once leaves no object either', async () => {
+      const broken = new PassThrough();
+      const put = storage.put(`${root}broken`, broken);
+      broken.destroy(new Error('cut before it began'));
+      await assert.rejects(put, /cut before it began/);
+      assert.equal(await storage.stat(`${root}broken`), undefined);
     });
 
     test('an aborted put leaves no object', async () => {

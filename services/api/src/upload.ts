@@ -92,12 +92,7 @@ export async function receiveUpload(request: IncomingMessage, target: UploadTarg
   try {
     await new Promise<void>((resolve, reject) => {
       form.on('finish', resolve);
-      form.on('error', (error) =>
-        reject(
-          problem ??
-            new ProblemError('bad_request', `The form could not be read: ${(error as Error).message}.`),
-        ),
-      );
+      form.on('error', (error) => reject(problem ?? brokenForm(error as Error)));
       form.on('close', () => problem && reject(problem));
       request.on('error', () => reject(uploadCut()));
       request.on('close', () => !request.complete && reject(uploadCut()));
@@ -135,7 +130,7 @@ async function store(
       done(null, chunk);
     },
   });
-  stream.on('error', (error) => measured.destroy(error));
+  stream.on('error', (error) => measured.destroy(brokenForm(error)));
   stream.pipe(measured);
   await target.storage.put(target.key, measured, signal);
   return { size, sha256: hash.digest('hex'), filename: displayName(filename) };
@@ -152,6 +147,10 @@ function tooLarge(maxBytes: number): ProblemError {
   const mebibytes = Math.floor(maxBytes / (1024 * 1024));
   const limit = mebibytes >= 1 ? `${mebibytes} MiB` : `${maxBytes} bytes`;
   return new ProblemError('file_too_large', `The file is larger than ${limit}, the most that is taken here.`);
+}
+
+function brokenForm(error: Error): ProblemError {
+  return new ProblemError('bad_request', `The form could not be read: ${error.message}.`, {}, error);
 }
 
 function uploadCut(): ProblemError {

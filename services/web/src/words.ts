@@ -168,7 +168,7 @@ export const words = {
     label === undefined
       ? 'Mel spectrogram of the song: time runs from left to right, low notes lie at the bottom, brighter is louder.'
       : `Mel spectrogram of the song, read as ${label}: time runs from left to right, low notes lie at the bottom, brighter is louder.`,
-  caption: 'Mel spectrogram, 224 × 224. Low notes at the bottom; brighter is louder.',
+  caption: 'Mel spectrogram, 224\u00a0×\u00a0224. Low notes at the bottom; brighter is louder.',
   openPicture: 'Open the spectrogram at full size in a new tab',
   pictureName: (name: string) => `${name.replace(/\.[^.]{1,5}$/, '')} - mel spectrogram.png`,
   noPicture: 'The spectrogram could not be loaded.',

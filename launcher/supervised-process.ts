@@ -123,7 +123,7 @@ export function superviseProcess(spec: ProcessSpec, onChange: () => void): Super
 
   function died(code: number | null, signal: NodeJS.Signals | null): void {
     if (refusal !== undefined) {
-      gaveUp.reject(new StartupError(refusal));
+      gaveUp.reject(new StartupError(`The ${spec.name} process could not start: ${refusal}`));
       return;
     }
     const now = Date.now();

@@ -26,6 +26,9 @@ export interface AppDeps {
   readonly storage: Storage;
 }
 
+/** How long a client may go on sending an upload that was refused. */
+const lingerMs = 10_000;
+
 /** One tenant until tenants have keys of their own; every key and object is laid out for many. */
 const tenant = 'default';
 
@@ -242,11 +245,12 @@ function answerProblem(service: Service): ErrorRequestHandler {
       response.destroy();
       return;
     }
-    // The rest of an upload that is refused is read away for a moment, so that the client sees the answer.
+    // What is left of a refused upload is read away for a moment: closing at once would reset the connection, and
+    // the client would lose the answer.
     if (!request.complete) {
-      response.set('connection', 'close');
       request.resume();
-      setTimeout(() => request.destroy(), 5_000).unref();
+      const patience = setTimeout(() => request.destroy(), lingerMs);
+      request.on('close', () => clearTimeout(patience));
     }
     if (problem.details.retryAfter !== undefined)
       response.set('retry-after', String(problem.details.retryAfter));

@@ -125,6 +125,29 @@ for (const { what, change, sentence } of [
   });
 }
 
+/** A Vulkan driver in software that comes with Chromium: slow, but a real WebGPU adapter. */
+const swiftShader = '/usr/lib/chromium/vk_swiftshader_icd.json';
+
+test('on WebGPU the answers are the same, and the provider is the one that ran', {
+  skip: !existsSync(swiftShader),
+}, async () => {
+  process.env.VK_ICD_FILENAMES = swiftShader;
+  try {
+    await using directory = await writeMeansBundle();
+    await using opened = await open(directory.directory, { provider: 'webgpu', requireGpu: true });
+    const { model } = opened;
+    await model.start();
+    assert.ok(model.status.ready, JSON.stringify(model.status));
+    assert.ok((model.status.ready.nodes.WebGpuExecutionProvider ?? 0) > 0);
+    const windows = [windowOf(0), windowOf(77)];
+    const { logits, provider } = await model.run(...batchOf(...windows));
+    assert.equal(provider, 'webgpu');
+    assert.ok(distance(logits, windows.flatMap(logitsOf)) < 1e-3);
+  } finally {
+    delete process.env.VK_ICD_FILENAMES;
+  }
+});
+
 test('CUDA that cannot be used falls back to the CPU and says so', { skip: hasGpu }, async () => {
   await using directory = await writeMeansBundle();
   await using opened = await open(directory.directory, { provider: 'cuda' });

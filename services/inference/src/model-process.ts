@@ -134,7 +134,7 @@ export function createModelProcess(options: ModelProcessOptions): ModelProcess {
       case 'ready':
         clearTimeout(deadline);
         report = message.report;
-        log[report.fallback ? 'warn' : 'info']({ pid: from.pid, ...report }, 'model ready');
+        log[report.fallback ? 'warn' : 'info']({ child: from.pid, ...report }, 'model ready');
         options.onReady?.(report);
         for (const resolve of readyWaiters) resolve(report);
         readyWaiters.clear();
@@ -168,7 +168,7 @@ export function createModelProcess(options: ModelProcessOptions): ModelProcess {
     if (closed) return;
     const delay = failures === 0 ? 0 : Math.min(firstDelayMs * 2 ** (failures - 1), longestDelayMs);
     failures += 1;
-    log.warn({ pid: process.pid, reason: why, delay }, 'the model process ended; starting another');
+    log.warn({ child: process.pid, reason: why, delay }, 'the model process ended; starting another');
     restart = setTimeout(() => {
       options.onRestart?.();
       spawn();

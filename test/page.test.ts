@@ -268,9 +268,10 @@ describe('the page', () => {
   test('works with the keyboard alone', async () => {
     await using visit = await open();
     const { page, complaints } = visit;
+    // Asked for early: the browser needs a moment before it hands choosers over.
+    const chooser = page.waitForEvent('filechooser');
     await page.keyboard.press('Tab');
     assert.equal(await focused(page), 'choose');
-    const chooser = page.waitForEvent('filechooser');
     await page.keyboard.press('Enter');
     await (await chooser).setFiles({ name: 'keys.wav', mimeType: 'audio/wav', buffer: music });
     await state(page, 'chosen');

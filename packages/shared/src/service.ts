@@ -29,15 +29,23 @@ export interface Service {
   readonly closing: AbortSignal;
   /** Registered where a resource opens; run last-in first-out. */
   onClose(what: string, close: () => unknown): void;
-  /** A readiness check: throws with the reason while the part is away. */
-  addCheck(part: string, check: () => Promise<void>): void;
+  /**
+   * A readiness check: throws with the reason while the part is away.
+   * @param trustMs how long a success is believed: for checks that cost something.
+   */
+  addCheck(part: string, check: () => Promise<void>, trustMs?: number): void;
   /** Reasons why the service is not ready; empty when it is. Runs the checks, at most four times a second. */
   notReady(): Promise<Record<string, string>>;
+  /** Something was away: every check runs again, whatever it said before. */
+  distrust(): void;
   /** Answers /healthz, /readyz and /metrics; false when the path is another. */
   handleHealth(request: IncomingMessage, response: ServerResponse): Promise<boolean>;
   /** Tells the parent process, if there is one, on which port the service listens. */
   announcePort(port: number): void;
 }
+
+/** A probe of the storage is a write: on S3 it is paid for. */
+export const storageTrustMs = 15_000;
 
 const checkTimeoutMs = 2_000;
 const checkEveryMs = 250;
@@ -59,7 +67,7 @@ export async function startService(
   collectDefaultMetrics({ register: registry });
 
   const closers: { what: string; close: () => unknown }[] = [];
-  const checks = new Map<string, () => Promise<void>>();
+  const checks = new Map<string, { check: () => Promise<void>; trustMs: number; passedAt: number }>();
   const abort = new AbortController();
   let draining = false;
   let lastCheck = { at: 0, result: undefined as Promise<Record<string, string>> | undefined };
@@ -68,9 +76,11 @@ export async function startService(
     const reasons: Record<string, string> = {};
     if (draining) reasons['service'] = 'shutting down';
     await Promise.all(
-      [...checks].map(async ([part, check]) => {
+      [...checks].map(async ([part, known]) => {
+        if (Date.now() - known.passedAt < known.trustMs) return;
         try {
-          await withTimeout(check(), checkTimeoutMs);
+          await withTimeout(known.check(), checkTimeoutMs);
+          known.passedAt = Date.now();
         } catch (error) {
           // Not something that passes: what the service was pointed at can never serve it.
           if (error instanceof StartupError) refuse(log, error);
@@ -87,12 +97,16 @@ export async function startService(
     registry,
     closing: abort.signal,
     onClose: (what, close) => closers.push({ what, close }),
-    addCheck: (part, check) => checks.set(part, check),
+    addCheck: (part, check, trustMs = 0) => checks.set(part, { check, trustMs, passedAt: 0 }),
     notReady() {
       if (lastCheck.result === undefined || Date.now() - lastCheck.at > checkEveryMs) {
         lastCheck = { at: Date.now(), result: runChecks() };
       }
       return lastCheck.result!;
+    },
+    distrust() {
+      for (const known of checks.values()) known.passedAt = 0;
+      lastCheck.at = 0;
     },
     async handleHealth(request, response) {
       const path = request.url?.split('?')[0];

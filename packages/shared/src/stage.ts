@@ -321,6 +321,7 @@ function createBreaker(worker: Worker, service: Service) {
   };
   return {
     open() {
+      service.distrust();
       if (timer !== undefined) return;
       service.log.warn('not taking jobs until everything is back');
       void worker.pause(true);

@@ -5,7 +5,7 @@ import { createJobRecords } from '@acousticsense/shared/job-records';
 import { openStorage } from '@acousticsense/shared/open-storage';
 import { createQueues } from '@acousticsense/shared/queues';
 import { connectRedis, connectRedisForWorker, redisCheck } from '@acousticsense/shared/redis';
-import { type Service, startService } from '@acousticsense/shared/service';
+import { type Service, startService, storageTrustMs } from '@acousticsense/shared/service';
 import { Gauge } from 'prom-client';
 import { createApp } from './app.ts';
 import { createChanges } from './changes.ts';
@@ -20,7 +20,7 @@ async function wire(service: Service): Promise<void> {
   const { log } = service;
   const storage = openStorage(config.storageUrl);
   service.onClose('storage', () => storage.close());
-  service.addCheck('storage', () => storage.probe());
+  service.addCheck('storage', () => storage.probe(), storageTrustMs);
 
   const redis = connectRedis(config.redisUrl);
   service.onClose('redis', () => redis.disconnect());

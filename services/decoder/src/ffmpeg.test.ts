@@ -16,7 +16,14 @@ after(() => at[Symbol.asyncDispose]());
 const patience = () => AbortSignal.timeout(30_000);
 const profile = defaultProfile;
 
-async function readAll(file: string, { start = 0, options = ffmpegOptions, facts }: { start?: number; options?: FfmpegOptions; facts?: AudioFacts } = {}) {
+async function readAll(
+  file: string,
+  {
+    start = 0,
+    options = ffmpegOptions,
+    facts,
+  }: { start?: number; options?: FfmpegOptions; facts?: AudioFacts } = {},
+) {
   const ffmpeg = createFfmpeg(options);
   const known = facts ?? (await ffmpeg.probe(file, patience()));
   const { pcm, report } = ffmpeg.readMono(file, known, { profile, start }, patience());
@@ -59,14 +66,19 @@ for (const [name, container, codec, ...options] of [
     assert.equal(facts.codec, codec);
     assert.ok(Math.abs(pitch(pcm) - 987) < 3, `pitch ${pitch(pcm)}`);
     assert.ok(Math.abs(pcm.length / profile.sampleRate - 3) < 0.06, `${pcm.length / profile.sampleRate} s`);
-    assert.deepEqual({ failed: report.failed, reachedEnd: report.reachedEnd, errorLines: report.errorLines }, { failed: false, reachedEnd: true, errorLines: 0 });
+    assert.deepEqual(
+      { failed: report.failed, reachedEnd: report.reachedEnd, errorLines: report.errorLines },
+      { failed: false, reachedEnd: true, errorLines: 0 },
+    );
   });
 }
 
 for (const count of [1, 2, 3, 6, 8]) {
   test(`${count} channels become their exact mean`, async () => {
     const rate = profile.sampleRate;
-    const channels = Array.from({ length: count }, (_, c) => noise({ seconds: 0.5, sampleRate: rate, level: 0.9, seed: c + 1 }));
+    const channels = Array.from({ length: count }, (_, c) =>
+      noise({ seconds: 0.5, sampleRate: rate, level: 0.9, seed: c + 1 }),
+    );
     await writeWav(at.file(`${count}.wav`), channels, { sampleRate: rate, format: 'float32' });
     const { pcm, facts } = await readAll(at.file(`${count}.wav`));
     assert.equal(facts.channels, count);
@@ -82,7 +94,12 @@ for (const count of [1, 2, 3, 6, 8]) {
 
 test('a start in the middle gives the same samples as reading everything', async () => {
   await writeWav(at.file('long.wav'), [noise({ seconds: 20 })]);
-  for (const [name, ...options] of [['seek.flac'], ['seek.mp3', '-q:a', '5'], ['seek.aac'], ['seek.m4a']] as const) {
+  for (const [name, ...options] of [
+    ['seek.flac'],
+    ['seek.mp3', '-q:a', '5'],
+    ['seek.aac'],
+    ['seek.m4a'],
+  ] as const) {
     await encode(at.file('long.wav'), at.file(name), ...options);
     const whole = await readAll(at.file(name));
     const part = await readAll(at.file(name), { start: 12.5 });
@@ -93,7 +110,10 @@ test('a start in the middle gives the same samples as reading everything', async
       error += (part.pcm[n]! - whole.pcm[offset + n]!) ** 2;
       energy += whole.pcm[offset + n]! ** 2;
     }
-    assert.ok(error / energy < 1e-3, `${name}: ${(10 * Math.log10(error / energy)).toFixed(1)} dB of difference`);
+    assert.ok(
+      error / energy < 1e-3,
+      `${name}: ${(10 * Math.log10(error / energy)).toFixed(1)} dB of difference`,
+    );
   }
 });
 
@@ -115,7 +135,10 @@ test('non-finite samples before a resampler harm only their neighbourhood', asyn
   await writeWav(at.file('nan44.wav'), [samples], { format: 'float32' });
   const { pcm, report } = await readAll(at.file('nan44.wav'));
   assert.ok(pcm.every(Number.isFinite));
-  assert.ok(report.sanitised >= 1 && report.sanitised < profile.sampleRate / 2, `${report.sanitised} sanitised`);
+  assert.ok(
+    report.sanitised >= 1 && report.sanitised < profile.sampleRate / 2,
+    `${report.sanitised} sanitised`,
+  );
 });
 
 test('audio over the limit is refused however its header describes it', async () => {
@@ -139,7 +162,16 @@ test('a video without sound, a foreign codec and a broken header are told apart'
 
 test('the sound of a video is taken', async () => {
   const inputs = ['-f', 'lavfi', '-i', 'testsrc=s=64x64:d=3', '-i', at.file('source.wav')];
-  await promisify(execFile)('ffmpeg', ['-v', 'error', ...inputs, '-c:v', 'mpeg4', '-c:a', 'aac', at.file('video.mp4')]);
+  await promisify(execFile)('ffmpeg', [
+    '-v',
+    'error',
+    ...inputs,
+    '-c:v',
+    'mpeg4',
+    '-c:a',
+    'aac',
+    at.file('video.mp4'),
+  ]);
   const { pcm, report } = await readAll(at.file('video.mp4'));
   assert.ok(Math.abs(pitch(pcm) - 987) < 3);
   assert.equal(report.errorLines, 0);
@@ -177,7 +209,8 @@ test('ffmpeg is gone when the signal aborts, when the reader leaves, and before 
   const controller = new AbortController();
   const reason = new Error('cancelled');
   await assert.rejects(async () => {
-    for await (const _ of ffmpeg.readMono(file, facts, { profile }, controller.signal).pcm) controller.abort(reason);
+    for await (const _ of ffmpeg.readMono(file, facts, { profile }, controller.signal).pcm)
+      controller.abort(reason);
   }, reason);
   assert.deepEqual(await processesNaming(file), []);
 
@@ -200,23 +233,37 @@ test('ffmpeg dies with the process that reads from it', async () => {
      }`,
   ]);
   await once(reader.stdout, 'data');
-  assert.equal((await processesNaming(`file:${file}`)).filter((command) => command.startsWith('ffmpeg')).length, 1);
+  assert.equal(
+    (await processesNaming(`file:${file}`)).filter((command) => command.startsWith('ffmpeg')).length,
+    1,
+  );
   reader.kill('SIGKILL');
   await once(reader, 'exit');
   for (let tries = 0; tries < 50 && (await processesNaming(file)).length > 0; tries += 1) await sleep(50);
   assert.deepEqual(await processesNaming(file), []);
 });
 
-const strace = await promisify(execFile)('strace', ['-V']).then(() => true, () => false);
+const strace = await promisify(execFile)('strace', ['-V']).then(
+  () => true,
+  () => false,
+);
 
-test('playlists and external tracks are never opened', { skip: strace ? false : 'strace is not installed' }, async () => {
+test('playlists and external tracks are never opened', {
+  skip: strace ? false : 'strace is not installed',
+}, async () => {
   const target = at.file('secret.txt');
   await writeFile(target, 'root:x:0:0');
   const list = `#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://${target}\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n#EXTINF:1,\nfile:///etc/passwd\n`;
   await writeFile(at.file('hls.mp3'), list);
-  await writeFile(at.file('concat.mp3'), `ffconcat version 1.0\nfile '${target}'\nfile 'http://127.0.0.1:9/a.mp3'\n`);
+  await writeFile(
+    at.file('concat.mp3'),
+    `ffconcat version 1.0\nfile '${target}'\nfile 'http://127.0.0.1:9/a.mp3'\n`,
+  );
   await encode(at.file('source.wav'), at.file('plain.mov'), '-c:a', 'pcm_s16le');
-  await writeFile(at.file('external.mov'), movWithExternalTrack(await readFile(at.file('plain.mov')), target));
+  await writeFile(
+    at.file('external.mov'),
+    movWithExternalTrack(await readFile(at.file('plain.mov')), target),
+  );
   const facts = await createFfmpeg(ffmpegOptions).probe(at.file('a.mp3'), patience());
 
   // The front end, which refuses them from their first bytes; then ffmpeg itself, given them in spite of that.
@@ -241,15 +288,33 @@ test('playlists and external tracks are never opened', { skip: strace ? false : 
   assert.deepEqual(stdout.trim().split('\n'), ['unsupported_format', 'unsupported_format', 'probed']);
 
   const calls = (await readFile(log, 'utf8')).split('\n');
-  assert.ok(calls.some((call) => call.includes('external.mov')), 'the trace sees what ffmpeg opens');
-  assert.deepEqual(calls.filter((call) => /secret\.txt|\/etc\/passwd|AF_INET/.test(call)), []);
+  assert.ok(
+    calls.some((call) => call.includes('external.mov')),
+    'the trace sees what ffmpeg opens',
+  );
+  assert.deepEqual(
+    calls.filter((call) => /secret\.txt|\/etc\/passwd|AF_INET/.test(call)),
+    [],
+  );
 });
 
 test('the external track of that test is one that ffmpeg would open if it were let', async () => {
   const file = at.file('external.mov');
   const log = at.file('trace2');
   const trace = ['-f', '-s', '4096', '-e', 'trace=open,openat', '-o', log];
-  const open = ['-v', 'error', '-enable_drefs', '1', '-use_absolute_path', '1', '-i', file, '-f', 'null', '-'];
+  const open = [
+    '-v',
+    'error',
+    '-enable_drefs',
+    '1',
+    '-use_absolute_path',
+    '1',
+    '-i',
+    file,
+    '-f',
+    'null',
+    '-',
+  ];
   await promisify(execFile)('strace', [...trace, 'ffmpeg', ...open]).catch(() => {});
   assert.match(await readFile(log, 'utf8'), /secret\.txt/);
 });

@@ -127,10 +127,20 @@ const runUpSeconds = 1;
 /** Nothing that was audio is louder than this (120 dB over full scale). */
 const absurdSample = 1e6;
 
-/** Options in front of `-i`, the same for ffprobe and ffmpeg. */
-function inputOptions({ demuxer }: Container): string[] {
+/**
+ * Options in front of `-i`. ffprobe opens a decoder for every stream and gives up on one that is not whitelisted, so
+ * there (`probing`) only audio is held to the list: a file with a picture would be refused otherwise.
+ */
+function inputOptions({ demuxer }: Container, { probing = false } = {}): string[] {
   return [
-    ...['-format_whitelist', demuxers, '-protocol_whitelist', 'file', '-codec_whitelist', decoders],
+    ...[
+      '-format_whitelist',
+      demuxers,
+      '-protocol_whitelist',
+      'file',
+      probing ? '-codec_whitelist:a' : '-codec_whitelist',
+      decoders,
+    ],
     ...(demuxer === 'mov' ? ['-enable_drefs', '0', '-use_absolute_path', '0'] : []),
     ...['-f', demuxer],
   ];
@@ -192,7 +202,7 @@ export async function checkFfmpeg(options: FfmpegOptions, resampler: Profile['re
 async function probe(options: FfmpegOptions, file: string, signal: AbortSignal): Promise<AudioFacts> {
   const container = await identifyContainer(file);
   const wanted = 'format=duration,bit_rate:stream=codec_name,sample_rate,channels,duration,bit_rate';
-  const args = ['-hide_banner', '-v', 'warning', ...inputOptions(container)];
+  const args = ['-hide_banner', '-v', 'warning', ...inputOptions(container, { probing: true })];
   args.push('-select_streams', 'a', '-show_entries', wanted, '-of', 'json', '-i', `file:${file}`);
   let stdout: string;
   let stderr: string;

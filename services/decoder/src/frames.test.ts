@@ -5,7 +5,11 @@ import { countFrames, createFrameCutter, type FrameGrid } from './frames.ts';
 const ramp = Float32Array.from({ length: 30_000 }, (_, n) => n + 1);
 
 /** First sample of every frame, with the stream pushed in chunks of the given size. */
-function cut(grid: FrameGrid, chunk: number, { firstFrame = 0, firstSample = 0, frames = 0 } = {}): [number, number][] {
+function cut(
+  grid: FrameGrid,
+  chunk: number,
+  { firstFrame = 0, firstSample = 0, frames = 0 } = {},
+): [number, number][] {
   const seen: [number, number][] = [];
   const cutter = createFrameCutter(grid, { firstFrame, firstSample }, (frame, buffer, offset) => {
     seen.push([frame, buffer[offset]!]);

@@ -15,7 +15,9 @@ interface Golden {
   }[];
 }
 
-const golden = JSON.parse(readFileSync(new URL('golden/log-mel.golden.json', import.meta.url), 'utf8')) as Golden;
+const golden = JSON.parse(
+  readFileSync(new URL('golden/log-mel.golden.json', import.meta.url), 'utf8'),
+) as Golden;
 
 /** The formula of golden/make_golden.py. */
 function makePcm(samples: number, rate: number): Float32Array {

@@ -44,7 +44,14 @@ test('rows are bands, and a short input repeats its columns', () => {
 
 test('a window without power is empty, not full', () => {
   const out = new Uint8Array(4).fill(9);
-  quantise(new Float32Array(4), out, { bands: 1, windowFrames: 4, validFrames: 4, reference: 0, floorDb: -70, power: 2 });
+  quantise(new Float32Array(4), out, {
+    bands: 1,
+    windowFrames: 4,
+    validFrames: 4,
+    reference: 0,
+    floorDb: -70,
+    power: 2,
+  });
   assert.deepEqual([...out], [0, 0, 0, 0]);
 });
 

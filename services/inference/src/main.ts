@@ -6,7 +6,7 @@ import { openStorage } from '@acousticsense/shared/open-storage';
 import { queueName } from '@acousticsense/shared/pipeline';
 import { createQueues } from '@acousticsense/shared/queues';
 import { connectRedis, connectRedisForWorker, redisCheck } from '@acousticsense/shared/redis';
-import { startService } from '@acousticsense/shared/service';
+import { startService, storageTrustMs } from '@acousticsense/shared/service';
 import { announce, describeModel } from '@acousticsense/shared/serving';
 import { runStage } from '@acousticsense/shared/stage';
 import { createBatcher } from './batcher.ts';
@@ -55,7 +55,7 @@ await startService(
 
     const storage = openStorage(config.storageUrl);
     service.onClose('storage', () => storage.close());
-    service.addCheck('storage', () => storage.probe());
+    service.addCheck('storage', () => storage.probe(), storageTrustMs);
 
     const queues = createQueues(redis);
     service.onClose('queues', () => queues.close());

@@ -25,7 +25,7 @@ export type ProviderChoice = Provider | 'auto';
 export interface LoadRequest {
   readonly type: 'load';
   readonly directory: string;
-  readonly manifest: Pick<Manifest, 'graph' | 'labels' | 'selfTest'>;
+  readonly manifest: Pick<Manifest, 'graph' | 'selfTest'>;
   readonly provider: ProviderChoice;
   /** A GPU that cannot be used is then no reason to fall back to the CPU but to refuse. */
   readonly requireGpu: boolean;

@@ -103,12 +103,12 @@ export function createModelProcess(options: ModelProcessOptions): ModelProcess {
     process.on('error', (error) =>
       process.pid === undefined ? ended(process, error.message) : process.kill('SIGKILL'),
     );
-    const { graph, labels, selfTest } = bundle.manifest;
+    const { graph, selfTest } = bundle.manifest;
     const { provider, requireGpu, threads } = options;
     const request: LoadRequest = {
       type: 'load',
       directory: bundle.directory,
-      manifest: { graph, labels, selfTest },
+      manifest: { graph, selfTest },
       provider,
       requireGpu,
       threads,

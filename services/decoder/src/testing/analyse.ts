@@ -8,7 +8,10 @@ import { analyse, defaultProfile, fineProfile } from './setup.ts';
 const [file, windows, profile] = process.argv.slice(2);
 try {
   const choice = windows === 'all' || windows === 'middle' ? windows : Number(windows);
-  const { tensor } = await analyse(file!, { windows: choice, profile: profile === 'fine' ? fineProfile : defaultProfile });
+  const { tensor } = await analyse(file!, {
+    windows: choice,
+    profile: profile === 'fine' ? fineProfile : defaultProfile,
+  });
   console.log(JSON.stringify({ shape: tensor.shape, peakKb: process.resourceUsage().maxRSS }));
 } catch (error) {
   console.log(JSON.stringify({ code: (error as { code?: string }).code, message: (error as Error).message }));

@@ -6,7 +6,10 @@
  */
 export function movWithExternalTrack(file: Buffer, target: string): Buffer {
   const path = Buffer.from(target.replace(/^\//, '').replaceAll('/', ':'), 'latin1');
-  const absolute = Buffer.concat([Buffer.from(`:${path.toString('latin1')}`, 'latin1'), Buffer.alloc(path.length % 2 === 0 ? 1 : 0)]);
+  const absolute = Buffer.concat([
+    Buffer.from(`:${path.toString('latin1')}`, 'latin1'),
+    Buffer.alloc(path.length % 2 === 0 ? 1 : 0),
+  ]);
   const record = Buffer.alloc(150 + 4 + absolute.length + 4);
   record.writeInt16BE(2, 150);
   record.writeUInt16BE(absolute.length, 152);
@@ -37,6 +40,7 @@ export function movWithExternalTrack(file: Buffer, target: string): Buffer {
   }
   const old = opened.pop()!;
   const oldLength = copy.readUInt32BE(old);
-  for (const parent of opened) copy.writeUInt32BE(copy.readUInt32BE(parent) + dref.length - oldLength, parent);
+  for (const parent of opened)
+    copy.writeUInt32BE(copy.readUInt32BE(parent) + dref.length - oldLength, parent);
   return Buffer.concat([copy.subarray(0, old), dref, copy.subarray(old + oldLength)]);
 }

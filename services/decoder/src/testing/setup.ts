@@ -36,7 +36,13 @@ export const defaultProfile: Profile = {
 };
 
 /** 2.97 s windows of 128 frames, so that short files hold several. */
-export const fineProfile: Profile = { ...defaultProfile, hopLength: 512, centered: true, padMode: 'zero', floorDb: -80 };
+export const fineProfile: Profile = {
+  ...defaultProfile,
+  hopLength: 512,
+  centered: true,
+  padMode: 'zero',
+  floorDb: -80,
+};
 
 export const ffmpegOptions: FfmpegOptions = loadConfig({}).ffmpeg;
 
@@ -65,11 +71,27 @@ export async function analyse(
   }: Partial<Selection> & { profile?: Profile; options?: FfmpegOptions; signal?: AbortSignal } = {},
 ) {
   await using scratch = await openDirectory();
-  const frontEnd = createFrontEnd({ ffmpeg: createFfmpeg(options), profile, maxSeconds: options.maxDurationSeconds });
+  const frontEnd = createFrontEnd({
+    ffmpeg: createFfmpeg(options),
+    profile,
+    maxSeconds: options.maxDurationSeconds,
+  });
   const asked: Selection = { windows: 'middle', start: 0, ...selection };
-  const { tensorFile, spectrogramFile, ...facts } = await frontEnd.analyse(file, asked, scratch.directory, signal);
-  const [tensor, spectrogram] = await Promise.all([tensorFile, spectrogramFile].map(async (at) => parseNpy(await readFile(at))));
-  return { ...facts, tensor: tensor!, spectrogram: spectrogram!, codes: facts.warnings.map(({ code }) => code) };
+  const { tensorFile, spectrogramFile, ...facts } = await frontEnd.analyse(
+    file,
+    asked,
+    scratch.directory,
+    signal,
+  );
+  const [tensor, spectrogram] = await Promise.all(
+    [tensorFile, spectrogramFile].map(async (at) => parseNpy(await readFile(at))),
+  );
+  return {
+    ...facts,
+    tensor: tensor!,
+    spectrogram: spectrogram!,
+    codes: facts.warnings.map(({ code }) => code),
+  };
 }
 
 /** Command lines of running processes that name this path. */

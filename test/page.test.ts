@@ -144,6 +144,27 @@ describe('the page', () => {
     assert.deepEqual(complaints, []);
   });
 
+  test('plays the song, and moves over the spectrogram while it does', async () => {
+    await using visit = await open();
+    const { page, complaints } = visit;
+    await drop(page, { name: 'Evening tune.wav', bytes: music });
+    await button(page, 'Start analysis').click();
+    await state(page, 'done');
+    await button(page, 'Play this part').click();
+    await page.locator('#playhead').waitFor();
+    const left = () =>
+      page.locator('#playhead').evaluate((line) => Number.parseFloat(line.style.insetInlineStart));
+    const before = await left();
+    await page.waitForFunction(
+      (from) =>
+        Number.parseFloat(document.querySelector<HTMLElement>('#playhead')!.style.insetInlineStart) > from,
+      before,
+    );
+    const seconds = await page.locator('audio').evaluate((audio: HTMLAudioElement) => audio.currentTime);
+    assert.ok(seconds > 2 && seconds < 35, `at ${seconds} s, where the middle of 35 s is analysed`);
+    assert.deepEqual(complaints, []);
+  });
+
   test('downloads the spectrogram as a PNG of 224 by 224', async () => {
     await using visit = await open();
     const { page, complaints } = visit;
@@ -303,7 +324,7 @@ describe('the page', () => {
     const model = await (await fetch(`${system.url}/v1/model`)).json();
     const text = (await footer.textContent()) ?? '';
     assert.ok(text.includes(`${model.name} ${model.version}`), text);
-    assert.match(text, /On [\d,]+ .* clips top-1 was \d+\.\d\s?%/);
+    assert.match(text, /On [\d,]+ .*clips top-1 was \d+\.\d\s?%/);
     for (const label of model.labels) assert.ok(text.includes(label), label);
   });
 

@@ -120,6 +120,9 @@ for (const format of pcmCodecs) codecs.add(`pcm_${format}`);
 const decoders = [...codecs, 'mp1float', 'mp2float', 'mp3float', 'aac_fixed', 'libopus', 'libvorbis'].join(
   ',',
 );
+/** What ffmpeg says about a picture or video stream whose decoder it may not use. */
+const harmless =
+  /not on whitelist|Failed to open codec in avformat_find_stream_info|Could not find codec parameters/;
 /** ffmpeg's `pan` names no more. */
 const maxChannels = 64;
 /** Decoded before the wanted start and dropped: codecs and the resampler need a run-up. */
@@ -219,6 +222,14 @@ async function probe(options: FfmpegOptions, file: string, signal: AbortSignal):
       throw new ProblemError(
         'decode_timeout',
         'The file could not be examined in time: it is probably damaged.',
+        {},
+        error,
+      );
+    }
+    if (String((error as { stderr?: unknown }).stderr).includes('Could not open codec')) {
+      throw new ProblemError(
+        'unsupported_format',
+        `The ${container.name} file holds a codec that is not read here: convert it to FLAC, MP3 or WAV.`,
         {},
         error,
       );
@@ -343,7 +354,7 @@ async function* read(
     output.destroy();
   });
   command.on('stderr', (line: string) => {
-    if (line.trim() === '' || line.includes('not on whitelist')) return;
+    if (line.trim() === '' || harmless.test(line)) return;
     report.errorLines += 1;
     report.firstError ??= line.slice(0, 300);
   });

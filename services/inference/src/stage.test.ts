@@ -72,6 +72,7 @@ async function open() {
     notReady: async () => ('reason' in model.status ? { model: model.status.reason } : {}),
     handleHealth: async () => false,
     announcePort: () => {},
+    distrust: () => {},
   };
   const { profile, calibration, aggregation } = bundle.manifest;
   const batcher = createBatcher({

@@ -31,7 +31,7 @@ export interface Job {
   version: number;
   createdAt: string;
   updatedAt: string;
-  result?: { top: Scored[]; uncertain: boolean; lead: number; windows: { start: number; end: number }[] };
+  result?: { top: Scored[]; uncertain: boolean; lead: number };
   input?: InputFacts;
   warnings: { code: string; message: string }[];
   error?: { code: string; message: string; retryable: boolean };
@@ -43,8 +43,6 @@ export interface Model {
   version: string;
   labels: string[];
   provider: string;
-  /** Length of the stretch that one picture shows. */
-  windowSeconds: number;
   /** 0..1: the least confidence that counts as an answer. */
   threshold: number;
   accuracy: { split: string; clips: number; top1: number };

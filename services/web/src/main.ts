@@ -164,7 +164,7 @@ function finish(job: Job): void {
   enter('done');
   said.textContent = spoken;
   document.title = `${elements.answerLabel.textContent} · AcousticSense`;
-  plate.explainPicture(job, model?.windowSeconds);
+  plate.explainPicture(job);
 }
 
 function fail({ message, retryable }: Failure): void {

@@ -83,6 +83,8 @@ export async function showPicture(job: Job, song: File, signal: AbortSignal): Pr
   // The plate may have been cleared for another song meanwhile.
   if (pictured !== signal) return URL.revokeObjectURL(url);
   pictureUrl = url;
+  // The picture spans just what was analysed.
+  stretch = job.input && { start: job.input.analysedStart, end: job.input.analysedEnd };
   pictureLink.href = `${job.links.spectrogram}?scale=4`;
   download.href = job.links.spectrogram;
   download.download = words.pictureName(song.name);
@@ -100,16 +102,9 @@ export async function showPicture(job: Job, song: File, signal: AbortSignal): Pr
   });
 }
 
-/**
- * Names what the picture shows, and joins it to the player where it is one plain stretch of the song.
- * @param windowSeconds a shorter stretch was repeated to fill the picture, so it has no time axis
- */
-export function explainPicture({ result, input }: Job, windowSeconds: number | undefined): void {
+/** Names the genre that was read from the picture, for those who do not see it. */
+export function explainPicture({ result }: Job): void {
   label = result?.uncertain ? undefined : result?.top[0]?.label;
-  if (input && result?.windows.length === 1 && windowSeconds !== undefined) {
-    const { analysedStart: start, analysedEnd: end } = input;
-    if (end - start >= windowSeconds * 0.99) stretch = { start, end };
-  }
   describe();
 }
 

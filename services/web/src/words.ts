@@ -200,8 +200,12 @@ export const words = {
   model: {
     line: (name: string, version: string, provider: string) =>
       `Model ${name} ${version}, on ${providerName(provider)}.`,
-    accuracy: (clips: number, split: string, top1: number) =>
-      `On ${whole.format(clips)} ${split} clips top-1 was ${percent(top1)}.`,
+    /** @param split a word (`validation`) or a description of the clips */
+    accuracy: (clips: number, split: string, top1: number) => {
+      const oneWord = /^\w+$/.test(split);
+      const measured = `On ${whole.format(clips)} ${oneWord ? `${split} ` : ''}clips top-1 was ${percent(top1)}`;
+      return oneWord ? `${measured}.` : `${measured} (${split}).`;
+    },
     genres: (labels: string[]) => `It knows ${labels.length} genres: ${list.format(labels)}.`,
     kept: (audioHours: number, resultDays: number) => {
       const files =

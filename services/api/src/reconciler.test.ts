@@ -1,0 +1,193 @@
+import assert from 'node:assert/strict';
+import { randomUUIDv7 } from 'node:crypto';
+import { mkdtemp, rm, utimes } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import path from 'node:path';
+import { after, before, beforeEach, describe, test } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { pathToFileURL } from 'node:url';
+import type { JobRecord } from '@acousticsense/shared/job';
+import { createJobRecords, type JobRecords } from '@acousticsense/shared/job-records';
+import { audioKey, spectrogramKey } from '@acousticsense/shared/object-keys';
+import { openStorage } from '@acousticsense/shared/open-storage';
+import { createQueues, type Queues } from '@acousticsense/shared/queues';
+import { connectRedisForWorker } from '@acousticsense/shared/redis';
+import type { Storage } from '@acousticsense/shared/storage';
+import type { Redis } from 'ioredis';
+import { pino } from 'pino';
+import { startRedis, type TestRedis } from '../../../test/redis.ts';
+import { createReconciler } from './reconciler.ts';
+
+const tenant = 'acme';
+const hour = 3_600_000;
+const day = 24 * hour;
+
+describe('the reconciler', () => {
+  let server: TestRedis;
+  let redis: Redis;
+  let records: JobRecords;
+  let queues: Queues;
+  let storage: Storage;
+  let directory: string;
+
+  before(async () => {
+    server = await startRedis();
+    redis = connectRedisForWorker(server.url);
+    records = createJobRecords(redis, { resultSeconds: 3_600, events: 100 });
+    queues = createQueues(redis);
+    directory = await mkdtemp(path.join(tmpdir(), 'as-reconcile-'));
+    storage = openStorage(pathToFileURL(directory).href);
+  });
+  beforeEach(() => redis.flushall());
+  after(async () => {
+    await queues.close();
+    redis.disconnect();
+    await server[Symbol.asyncDispose]();
+    await rm(directory, { recursive: true });
+  });
+
+  const reconciler = (retention = {}) =>
+    createReconciler({
+      redis,
+      records,
+      queues,
+      storage,
+      log: pino({ level: 'silent' }),
+      reconcileMs: 1_000,
+      reconcileAfterMs: 0,
+      audioRetentionMs: day,
+      resultRetentionMs: 30 * day,
+      tensorRetentionMs: day,
+      ...retention,
+    });
+
+  /** A UUIDv7 made at that time. */
+  function idAt(time: number): string {
+    const stamp = time.toString(16).padStart(12, '0');
+    return `${stamp.slice(0, 8)}-${stamp.slice(8)}${randomUUIDv7().slice(13)}`;
+  }
+
+  async function job(state: JobRecord['state'], createdAt = Date.now()): Promise<JobRecord> {
+    const record = {
+      id: idAt(createdAt),
+      tenant,
+      generation: 1,
+      createdAt,
+      traceparent: `00-${'a'.repeat(32)}-${'b'.repeat(16)}-01`,
+      modelDigest: 'd'.repeat(64),
+      modelName: 'm',
+      modelVersion: '1',
+      profileHash: 'p'.repeat(16),
+      audio: { key: 'k', size: 1, sha256: 's', filename: 'f' },
+      selection: { windows: 'middle' as const, start: 0 },
+      presentation: { topK: 5, threshold: 0.5 },
+    };
+    await records.create(record);
+    if (state !== 'queued') {
+      await records.commit({ tenant, jobId: record.id, generation: 1 }, { from: ['queued'], to: state });
+    }
+    await sleep(2);
+    return (await records.get(tenant, record.id))!;
+  }
+
+  async function object(key: string, age: number): Promise<void> {
+    await storage.put(key, Buffer.from('x'));
+    const time = new Date(Date.now() - age);
+    await utimes(path.join(directory, key), time, time);
+  }
+
+  test('gives an unfinished job whose queue job has vanished a new one, in the stage of its state', async () => {
+    for (const [state, stage] of [
+      ['queued', 'decode'],
+      ['decoding', 'decode'],
+      ['decoded', 'inference'],
+      ['classifying', 'inference'],
+    ] as const) {
+      const record = await job(state);
+      assert.equal(await queues.state(stage, record), 'gone');
+      assert.equal(await reconciler().restoreQueueJobs(), 1, state);
+      assert.equal(await queues.state(stage, record), 'waiting', state);
+      assert.equal((await records.get(tenant, record.id))?.state, state);
+      assert.equal(await reconciler().restoreQueueJobs(), 0, 'a second round finds nothing to do');
+    }
+  });
+
+  test('leaves finished jobs alone, and jobs that have just changed', async () => {
+    for (const state of ['completed', 'failed', 'cancelled'] as const) await job(state);
+    await job('queued');
+    assert.equal(await reconciler({ reconcileAfterMs: 60_000 }).restoreQueueJobs(), 0);
+  });
+
+  test('starts a job over under the next generation when its queue job ended without it', async () => {
+    const record = await job('decoding');
+    await queues.add('decode', record);
+    // What BullMQ keeps of a job that ended: its hash, and its id in the completed set.
+    const prefix = `{as-decode-${record.profileHash}}:decode-${record.profileHash}`;
+    await redis.del(`${prefix}:wait`);
+    await redis.zadd(`${prefix}:completed`, Date.now(), `${record.id}.1`);
+    assert.equal(await queues.state('decode', record), 'completed');
+    assert.equal(await reconciler().restoreQueueJobs(), 1);
+    const again = (await records.get(tenant, record.id))!;
+    assert.deepEqual([again.state, again.generation], ['queued', 2]);
+    assert.equal(await queues.state('decode', again), 'waiting');
+  });
+
+  test('deletes objects without a record after a day, and not before', async () => {
+    const old = audioKey(tenant, idAt(Date.now() - 26 * hour));
+    const young = audioKey(tenant, idAt(Date.now() - 2 * hour));
+    await object(old, 26 * hour);
+    await object(young, 2 * hour);
+    assert.equal(await reconciler().sweepObjects(), 1);
+    assert.equal(await storage.stat(old), undefined);
+    assert.ok(await storage.stat(young));
+  });
+
+  test('deletes the audio of finished jobs after its retention, and keeps their spectrogram', async () => {
+    const created = Date.now() - 26 * hour;
+    const done = await job('completed', created);
+    const open = await job('decoding', created);
+    for (const { id } of [done, open]) {
+      await object(audioKey(tenant, id), 26 * hour);
+      await object(spectrogramKey(tenant, id), 26 * hour);
+    }
+    assert.equal(await reconciler().sweepObjects(), 1);
+    assert.equal(await storage.stat(audioKey(tenant, done.id)), undefined);
+    assert.ok(await storage.stat(spectrogramKey(tenant, done.id)));
+    assert.ok(await storage.stat(audioKey(tenant, open.id)), 'an unfinished job still needs its audio');
+  });
+
+  test('deletes what is left of a job when its record has expired', async () => {
+    const key = spectrogramKey(tenant, idAt(Date.now() - 31 * day - 2 * hour));
+    await object(key, 31 * day);
+    await reconciler().sweepObjects();
+    assert.equal(await storage.stat(key), undefined);
+  });
+
+  test('deletes tensors past their retention', async () => {
+    await object('tensors/acme/old/p/s.1.npy', 25 * hour);
+    await object('tensors/acme/new/p/s.1.npy', hour);
+    assert.equal(await reconciler().sweepObjects(), 1);
+    assert.equal(await storage.stat('tensors/acme/old/p/s.1.npy'), undefined);
+    assert.ok(await storage.stat('tensors/acme/new/p/s.1.npy'));
+  });
+
+  test('of two processes one works; the other takes over when it stops', async () => {
+    const record = await job('queued');
+    const first = reconciler({ reconcileMs: 20 });
+    const second = reconciler({ reconcileMs: 20 });
+    first.start();
+    while ((await queues.state('decode', record)) !== 'waiting') await sleep(10);
+    const holder = await redis.get('as:reconciler:lease');
+    second.start();
+    await sleep(100);
+    assert.equal(await redis.get('as:reconciler:lease'), holder);
+    await first.stop();
+    let next: string | null = null;
+    for (let n = 0; n < 100 && !next; n += 1) {
+      await sleep(20);
+      next = await redis.get('as:reconciler:lease');
+    }
+    assert.ok(next && next !== holder);
+    await second.stop();
+  });
+});

@@ -44,7 +44,7 @@ export function createProcessLog(file: string, show: (level: number, text: strin
 }
 
 /** `{"level":40,"msg":"slow","jobId":"1"}` as `slow (jobId 1)`; a line that is no JSON as it is. */
-export function readable(line: string): { level: number; text: string } {
+function readable(line: string): { level: number; text: string } {
   let entry: Record<string, unknown>;
   try {
     entry = JSON.parse(line);

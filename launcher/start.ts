@@ -25,7 +25,7 @@ const services = ['api', 'decoder', 'inference'] as const;
 
 /** Loading a large append-only file takes Redis a while; a Redis elsewhere answers at once or not. */
 const privateRedisPatienceMs = 120_000;
-const otherRedisPatienceMs = 10_000;
+const otherRedisPatienceMs = 5_000;
 const serviceGraceMs = 30_000;
 const waitingNoticeMs = 15_000;
 /** A terminal and npm both pass one Ctrl-C on: what follows within this time is the same one. */

@@ -108,3 +108,12 @@ export async function* serverSentEvents(
     }
   }
 }
+
+/** The job when it is finished, told by its event stream: no polling beside a measurement. */
+export async function followed(base: string, sent: Job): Promise<Job> {
+  let job = sent;
+  for await (const { event, data } of serverSentEvents(base + sent.links.events))
+    if (event === 'job') job = data as Job;
+  if (!isFinished(job)) throw new Error(`the event stream of ${job.id} ended at ${job.state}`);
+  return job;
+}

@@ -63,6 +63,19 @@ def _coverage_table(scores: metrics.F64, label: npt.NDArray[np.int64]) -> str:
     return "\n".join(lines)
 
 
+def _robustness(run: dict[str, Any]) -> str:
+    """The section on short and low-passed music, where robustness.py was run."""
+    rows = run.get("robustness")
+    if not rows:
+        return ""
+    table = _figures_table([(name, f) for name, f in rows.items()])
+    return (
+        "## Short and low-passed music\n"
+        "The same validation clips, only their first seconds, looped to a window as the\n"
+        f"service loops:\n\n{table}\n\n"
+    )
+
+
 def write(
     *, manifest: dict[str, Any], run: dict[str, Any], scores: metrics.F64,
     label: npt.NDArray[np.int64], source: npt.NDArray[np.int64], ece_before: float,
@@ -163,7 +176,7 @@ graph's logits are raw. Expected calibration error (15 bins): {ece_before:.3f} b
 Default threshold for `uncertain`: {manifest['threshold']}, the smallest multiple of 0.05 above which at least
 three answers in four were right on validation.
 
-## Known failures and limits
+{_robustness(run)}## Known failures and limits
 {run.get('limits', '')}- It always answers with one of its genres. Speech, noise, tones and silence are not
   recognised as "not music"; no out-of-distribution score is part of this version.
 - Pop is whatever FMA's artists and GTZAN called so, and it runs into Rock, Electronic

@@ -138,6 +138,9 @@ def main() -> None:
 
     saved = torch.load(args.run / "model.pt", weights_only=True)
     run: dict[str, Any] = json.loads((args.run / "run.json").read_text())
+    extra = args.run / "robustness.json"
+    if extra.exists():
+        run["robustness"] = json.loads(extra.read_text())
     config = ModelConfig.from_dict(saved["config"])
     model = GenreViT(config)
     model.load_state_dict(saved["state"])

@@ -73,7 +73,7 @@ class Clips:
         return Clips([self.db[i] for i in keep], self.label[keep], self.source[keep])
 
 
-def _slaney_mel(hz: F32) -> F32:
+def slaney_mel(hz: F32) -> F32:
     """Slaney's mel scale: linear to 1 kHz, logarithmic above."""
     hz = np.asarray(hz, dtype=np.float64)
     log = 15.0 + 27.0 * np.log(np.maximum(hz, 1e-9) / 1000.0) / np.log(6.4)
@@ -103,8 +103,8 @@ def _fma_row_weights() -> F32:
     sources. The few tracks of another native rate are off by that ratio, and the
     row shifts of the augmentation are larger than most of them.
     """
-    top_view = float(_slaney_mel(np.float32(SAMPLE_RATE / 2)))
-    top_fma = float(_slaney_mel(np.float32(_FMA_NYQUIST)))
+    top_view = float(slaney_mel(np.float32(SAMPLE_RATE / 2)))
+    top_fma = float(slaney_mel(np.float32(_FMA_NYQUIST)))
     centres_view = np.arange(1, BANDS + 1) / (BANDS + 1) * top_view
     position = centres_view / top_fma * (BANDS + 1) - 1.0
     position = np.clip(position, 0, BANDS - 1)

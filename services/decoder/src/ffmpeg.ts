@@ -320,7 +320,7 @@ async function* read(
   const budgetMs = options.budgetBaseMs + (options.budgetPerMegabyteMs * facts.container.size) / 2 ** 20;
   const output = new PassThrough({ highWaterMark: 256 * 1024 });
 
-  const before = ['-nostdin', '-hide_banner', '-loglevel', 'error'];
+  const before = ['-nostdin', '-hide_banner', '-loglevel', 'repeat+error'];
   // CPU seconds, kept by the kernel: ends an ffmpeg that outlives this process without writing anything.
   before.push('-timelimit', `${Math.ceil(budgetMs / 1000)}`, ...inputOptions(facts.container));
   if (seek > 0) before.push('-ss', seek.toFixed(6));

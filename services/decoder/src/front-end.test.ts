@@ -3,9 +3,8 @@ import { execFile } from 'node:child_process';
 import { readFile, writeFile } from 'node:fs/promises';
 import { after, test } from 'node:test';
 import { promisify } from 'node:util';
-import type { Profile } from '@acousticsense/shared/bundle';
 import { encode, ffmpeg, id3Picture, noise, sine, song, wav, writeWav } from '../../../test/audio.ts';
-import { analyse, defaultProfile, ffmpegOptions, fineProfile, openDirectory } from './testing/setup.ts';
+import { analyse, ffmpegOptions, fineProfile, openDirectory } from './testing/setup.ts';
 
 const at = await openDirectory();
 after(() => at[Symbol.asyncDispose]());
@@ -27,11 +26,11 @@ test('a song becomes one window from its middle, a spectrogram of it, facts and 
   assert.deepEqual(tensor.shape, [1, 128, 128]);
   assert.equal(Math.max(...tensor.data), 255);
   const [window] = windows;
-  assert.ok(Math.abs(window!.start - (40 - window!.end)) < 0.6, `${window!.start} to ${window!.end}`);
+  assert.ok(Math.abs(window!.start - (40 - window!.end)) < 0.3, `${window!.start} to ${window!.end}`);
   assert.equal(window!.validFrames, 128);
   assert.ok(Math.abs(window!.dbAt255 - window!.dbAt0 - 70) < 1e-9);
   assert.equal(spectrogram.shape[0], 128);
-  assert.ok(spectrogram.shape[1]! > 1000 && spectrogram.shape[1]! <= 2000, `${spectrogram.shape}`);
+  assert.ok(spectrogram.shape[1]! > 900 && spectrogram.shape[1]! <= 2000, `${spectrogram.shape}`);
   assert.equal(input.codec, 'mp3');
   assert.ok(Math.abs(input.duration - 40) < 0.1);
   assert.deepEqual(codes, []);
@@ -68,9 +67,13 @@ test('a window that is sought in a long file equals the one found by reading eve
     const sought = await analyse(at.file(name), { profile: fineProfile });
     const { start } = sought.windows[0]!;
     assert.ok(Math.abs(start - (150 - 2.97) / 2) < 0.3, `${start}`);
-    const all = await analyse(at.file(name), { profile: { ...fineProfile, stepFrames: 1 }, windows: 'all' });
-    const index = all.windows.findIndex((window) => Math.abs(window.start - start) < 1e-6);
-    const same = all.tensor.data.subarray(index * 128 * 128, (index + 1) * 128 * 128);
+    const frame = Math.round((start * 22_050) / 512);
+    const all = await analyse(at.file(name), {
+      profile: { ...fineProfile, stepFrames: frame },
+      windows: 'all',
+    });
+    assert.ok(Math.abs(all.windows[1]!.start - start) < 1e-6);
+    const same = all.tensor.data.subarray(128 * 128, 2 * 128 * 128);
     const worst = sought.tensor.data.reduce(
       (most, value, i) => Math.max(most, Math.abs(value - same[i]!)),
       0,

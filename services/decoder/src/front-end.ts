@@ -100,20 +100,19 @@ export function createFrontEnd({
     if (facts.durationTrusted && start >= facts.duration!) throw outside(start, facts.duration!);
     if (profile.scope === 'track' || windows === 'all') return readAll(job);
 
-    const single = windows === 'middle' || windows === 1;
     let length: number | undefined;
     let counted: Counted | undefined;
     if (facts.durationTrusted) {
       length = Math.min(job.limit, Math.floor((facts.duration! - endMarginSeconds - start) * sampleRate));
-    } else if (single && (facts.duration ?? Number.POSITIVE_INFINITY) - start > readAllSeconds) {
+    } else if (isSingle(windows) && (facts.duration ?? Number.POSITIVE_INFINITY) - start > readAllSeconds) {
       counted = await countRange(job);
       length = counted.length;
     }
-    if (length === undefined || length < fftSize || countFrames(grid, length) <= windowFrames)
-      return readAll(job);
+    if (length === undefined || countFrames(grid, length) <= windowFrames) return readAll(job);
     if (length > maxSeconds * sampleRate) throw tooLong();
-    const perWindow = (windowFrames * hop) / sampleRate + seekCostSeconds;
-    if (!single && windows * perWindow > (0.7 * length) / sampleRate) return readAll(job);
+    const seekSeconds = (windowFrames * hop) / sampleRate + seekCostSeconds;
+    const places = typeof windows === 'number' ? windows : 1;
+    if (places * seekSeconds > (0.7 * length) / sampleRate) return readAll(job);
     return (await readSpans(job, length, counted)) ?? readAll(job);
   }
 
@@ -383,6 +382,10 @@ interface Job {
 interface Counted {
   readonly length: number;
   readonly report: Readonly<DecodeReport>;
+}
+
+function isSingle(windows: Selection['windows']): boolean {
+  return windows === 'middle' || windows === 1;
 }
 
 function outside(start: number, duration: number | undefined): ProblemError {

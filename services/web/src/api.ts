@@ -12,7 +12,7 @@ export interface Scored {
   confidence: number;
 }
 
-export interface InputFacts {
+interface InputFacts {
   codec: string;
   /** Hz */
   sampleRate: number;
@@ -64,7 +64,7 @@ export class Failure extends Error {
   }
 }
 
-export function isFinished(state: State): boolean {
+function isFinished(state: State): boolean {
   return state === 'completed' || state === 'failed' || state === 'cancelled';
 }
 

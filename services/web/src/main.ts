@@ -3,7 +3,7 @@
 import { hideAnswer, showAnswer } from './answer.ts';
 import { deleteJob, Failure, type Job, type Model, type State, uploadSong, watchJob } from './api.ts';
 import { listenForSongs, openPicker } from './choice.ts';
-import { elements } from './elements.ts';
+import { elements, mayMove } from './elements.ts';
 import { followModel } from './model-line.ts';
 import * as plate from './plate.ts';
 import { createProgress } from './progress.ts';
@@ -165,6 +165,10 @@ function finish(job: Job): void {
   said.textContent = spoken;
   document.title = `${elements.answerLabel.textContent} · AcousticSense`;
   plate.explainPicture(job);
+  // On a telephone the progress stood lower down than the picture and the answer begin.
+  if (main.getBoundingClientRect().top < 0) {
+    main.scrollIntoView({ block: 'start', behavior: mayMove() ? 'smooth' : 'auto' });
+  }
 }
 
 function fail({ message, retryable }: Failure): void {

@@ -19,7 +19,7 @@ const order = Object.keys(begins) as Step[];
 /** How often a share is read aloud while a long upload runs. */
 const spokenEvery = 0.25;
 
-export interface Progress {
+interface Progress {
   begin(): void;
   /** @param share 0..1 of the upload */
   sent(share: number): void;

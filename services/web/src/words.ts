@@ -4,6 +4,8 @@
  * warnings about a file are the service's own sentences.)
  */
 
+import type { Job } from './api.ts';
+
 const locale = 'en';
 /** U+202F: a narrow space that never breaks. */
 const thin = '\u202f';
@@ -68,16 +70,6 @@ function channels(count: number): string {
   if (count === 1) return 'mono';
   if (count === 2) return 'stereo';
   return `${count} channels`;
-}
-
-interface Facts {
-  codec: string;
-  sampleRate: number;
-  channels: number;
-  bitRate?: number;
-  duration: number;
-  analysedStart: number;
-  analysedEnd: number;
 }
 
 export const words = {
@@ -175,7 +167,7 @@ export const words = {
   moment: (seconds: number) => clock(seconds, true),
 
   /** @param took seconds from the arrival of the song to the answer */
-  facts: (input: Facts, took: number) => {
+  facts: (input: NonNullable<Job['input']>, took: number) => {
     const { analysedStart, analysedEnd, duration, bitRate, sampleRate } = input;
     const rate = bitRate ? `${whole.format(bitRate / 1000)}${thin}kb/s, ` : '';
     const format = `${codec(input.codec)}, ${rate}${upToOne.format(sampleRate / 1000)}${thin}kHz, ${channels(input.channels)}`;

@@ -1,11 +1,10 @@
 /** What the decoder's tests share: the default model's profile, real ffmpeg, a directory that goes away. */
-import { mkdtemp, rm } from 'node:fs/promises';
+import { mkdtemp, readFile, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import type { Profile } from '@acousticsense/shared/bundle';
 import type { Selection } from '@acousticsense/shared/job';
 import { parseNpy } from '@acousticsense/shared/tensor';
-import { readFile } from 'node:fs/promises';
 import { loadConfig } from '../config.ts';
 import { createFfmpeg, type FfmpegOptions } from '../ffmpeg.ts';
 import { createFrontEnd } from '../front-end.ts';

@@ -121,10 +121,10 @@ export class StartupError extends Error {
   override readonly name = 'StartupError';
 }
 
-/** RFC 9457 body of a problem. `type` is a relative reference into the documentation. */
+/** RFC 9457 body of a problem. Every `type` is explained in docs/errors.md. */
 export function toProblemJson(error: ProblemError, instance?: string): Record<string, unknown> {
   return {
-    type: `/docs/errors#${error.code}`,
+    type: `urn:acousticsense:problem:${error.code}`,
     title: error.title,
     status: error.status,
     detail: error.message,

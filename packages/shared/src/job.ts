@@ -15,14 +15,7 @@ export const selectionSchema = z.strictObject({
 });
 export type Selection = z.infer<typeof selectionSchema>;
 
-export const warningCodes = [
-  'too_short',
-  'silent',
-  'clipped',
-  'low_passed',
-  'partly_corrupt',
-  'sanitised',
-] as const;
+const warningCodes = ['too_short', 'silent', 'clipped', 'low_passed', 'partly_corrupt', 'sanitised'] as const;
 export const warningSchema = z.strictObject({
   code: z.enum(warningCodes),
   message: z.string().describe('one sentence: what was detected, and what to do'),
@@ -85,7 +78,6 @@ export const timingsSchema = z.strictObject({
   batchWait: milliseconds.optional().describe('in the batcher'),
   inference: milliseconds.optional().describe('the batch that held the last window'),
 });
-export type Timings = z.infer<typeof timingsSchema>;
 
 export const jobRecordSchema = z.strictObject({
   id: z.uuid(),

@@ -55,7 +55,7 @@ export const jobStates = [
   'cancelled',
 ] as const;
 export type JobState = (typeof jobStates)[number];
-export const finishedStates = ['completed', 'failed', 'cancelled'] as const satisfies JobState[];
+const finishedStates = ['completed', 'failed', 'cancelled'] as const satisfies JobState[];
 export const openStates = ['queued', 'decoding', 'decoded', 'classifying'] as const satisfies JobState[];
 
 export function isFinished(state: JobState): boolean {

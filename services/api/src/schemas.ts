@@ -36,7 +36,6 @@ export const jobOptionsSchema = z.strictObject({
     .optional()
     .describe('seconds to analyse; to the end when absent'),
 });
-export type JobOptions = z.infer<typeof jobOptionsSchema>;
 
 const guess = z.strictObject({ label: z.string(), confidence: z.number().min(0).max(1) });
 

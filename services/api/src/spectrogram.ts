@@ -71,9 +71,10 @@ export const colourMap: Uint8Array = (() => {
   const table = new Uint8Array(256 * 3);
   for (let value = 0; value < 256; value += 1) {
     const t = value / 255;
-    const lightness = 0.13 + 0.84 * t;
-    const chroma = 0.05 + 0.15 * Math.sin(Math.PI * Math.min(1, 0.12 + t)) ** 0.8;
-    const hue = ((280 + 190 * t ** 0.9) * Math.PI) / 180;
+    const lightness = 0.1 + 0.88 * t;
+    // As colourful as sRGB allows all along this path.
+    const chroma = 0.03 + 0.135 * Math.sin(Math.PI * (0.06 + 0.9 * t));
+    const hue = ((278 + 182 * t) * Math.PI) / 180;
     table.set(oklabToSrgb(lightness, chroma * Math.cos(hue), chroma * Math.sin(hue)), value * 3);
   }
   return table;

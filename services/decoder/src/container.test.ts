@@ -1,5 +1,5 @@
 import assert from 'node:assert/strict';
-import { writeFile } from 'node:fs/promises';
+import { readFile, writeFile } from 'node:fs/promises';
 import { after, test } from 'node:test';
 import { encode, id3Picture, sine, wav, writeWav } from '../../../test/audio.ts';
 import { identifyContainer } from './container.ts';
@@ -33,7 +33,6 @@ for (const [name, expected] of [
 
 test('an MP3 is found behind 10 MB of cover art, and behind leading zeros', async () => {
   await encode(at.file('source.wav'), at.file('plain.mp3'), '-id3v2_version', '0');
-  const { readFile } = await import('node:fs/promises');
   const mp3 = await readFile(at.file('plain.mp3'));
   const art = await bytes('art.mp3', Buffer.concat([id3Picture(10 * 2 ** 20), mp3]));
   assert.equal((await identifyContainer(art)).name, 'mp3');

@@ -181,24 +181,21 @@ export function createFfmpeg(options: FfmpegOptions): Ffmpeg {
 
 /** The version line of ffmpeg. @throws {InfrastructureFault} when it cannot be run or lacks the resampler. */
 export async function checkFfmpeg(options: FfmpegOptions, resampler: Profile['resampler']): Promise<string> {
-  for (const program of [options.ffmpegPath, options.ffprobePath]) {
+  const ask = async (program: string) => {
     try {
-      const { stdout } = await promisify(execFile)(program, ['-hide_banner', '-version'], {
-        timeout: 10_000,
-      });
-      if (program === options.ffprobePath) return stdout.split('\n')[0] ?? '';
-      if (resampler === 'soxr' && !stdout.includes('--enable-libsoxr')) {
-        throw new Error('it was built without libsoxr, which the model asks for');
-      }
+      return (await promisify(execFile)(program, ['-version'], { timeout: 10_000 })).stdout;
     } catch (error) {
-      throw new InfrastructureFault(
-        'ffmpeg',
-        `${program} cannot be used: ${(error as Error).message}`,
-        error,
-      );
+      throw new InfrastructureFault('ffmpeg', `${program} cannot be run: ${(error as Error).message}`, error);
     }
+  };
+  const [version] = await Promise.all([ask(options.ffmpegPath), ask(options.ffprobePath)]);
+  if (resampler === 'soxr' && !version.includes('--enable-libsoxr')) {
+    throw new InfrastructureFault(
+      'ffmpeg',
+      `${options.ffmpegPath} was built without libsoxr, which the model's profile asks for.`,
+    );
   }
-  return '';
+  return version.split('\n')[0]!;
 }
 
 // execFile and not fluent-ffmpeg, whose ffprobe cannot be stopped and buffers without a bound.
@@ -387,7 +384,12 @@ async function* read(
     while (true) {
       // Armed only while ffmpeg is waited for: a slow receiver is no stall.
       watchdog = setTimeout(onStall, options.stallMs);
-      const next = await reader.next().finally(() => clearTimeout(watchdog));
+      const next = await reader
+        .next()
+        .catch((error) => {
+          throw stopped ?? error;
+        })
+        .finally(() => clearTimeout(watchdog));
       if (next.done === true) break;
       const bytes: Buffer = rest.length === 0 ? next.value : Buffer.concat([rest, next.value]);
       const whole = bytes.length - (bytes.length % 4);

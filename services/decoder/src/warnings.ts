@@ -32,7 +32,7 @@ const errorLinesAllowed = 4;
 /** Encoders pad and headers round; a file that lacks more than this was cut. */
 const wholeShare = 0.95;
 
-export const levelBlockSamples = 1024;
+const levelBlockSamples = 1024;
 
 export interface LevelMeter {
   /** Samples that follow those of the call before, the first of them at `position`. */

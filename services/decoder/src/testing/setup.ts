@@ -1,5 +1,5 @@
 /** What the decoder's tests share: the default model's profile, real ffmpeg, a directory that goes away. */
-import { mkdtemp, readFile, rm } from 'node:fs/promises';
+import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import type { Profile } from '@acousticsense/shared/bundle';
@@ -95,7 +95,6 @@ export async function analyse(
 
 /** Command lines of running processes that name this path. */
 export async function processesNaming(needle: string): Promise<string[]> {
-  const { readdir } = await import('node:fs/promises');
   const found: string[] = [];
   for (const pid of await readdir('/proc')) {
     if (!/^\d+$/.test(pid) || Number(pid) === process.pid) continue;

@@ -242,6 +242,20 @@ describe('a job', () => {
     });
   });
 
+  test('that has stopped its worker again and again is quarantined, and the next one is unaffected', async () => {
+    let id = '';
+    await held([system.pid('decoder')], async () => {
+      id = (await upload(system.url, song())).id;
+      const redis = connectRedisForWorker(system.redis.url);
+      await redis.hset(`as:{default}:job:${id}`, 'decodeStarts', 12);
+      redis.disconnect();
+    });
+    const job = await finished(system.url, id);
+    assert.deepEqual([job.state, job.error?.code], ['failed', 'quarantined']);
+    assert.deepEqual(await eventsOf(id), ['job.failed']);
+    assert.equal((await finished(system.url, (await upload(system.url, song())).id)).state, 'completed');
+  });
+
   test('leaves no scratch files when it is over', async () => {
     const scratch = path.join(system.directory, 'scratch');
     for (let n = 0; n < 50 && (await readdir(scratch)).length > 0; n += 1) await sleep(100);

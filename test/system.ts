@@ -34,6 +34,8 @@ export interface System extends AsyncDisposable {
 export interface SystemOptions {
   readonly env?: Record<string, string>;
   readonly storageUrl?: string;
+  /** A Redis of the test's own, instead of a private one. */
+  readonly redisUrl?: string;
   /** Do not start these. */
   readonly without?: readonly ServiceName[];
 }
@@ -41,6 +43,7 @@ export interface SystemOptions {
 export async function startSystem({
   env = {},
   storageUrl,
+  redisUrl,
   without = [],
 }: SystemOptions = {}): Promise<System> {
   const directory = await mkdtemp(path.join(tmpdir(), 'as-system-'));
@@ -52,7 +55,7 @@ export async function startSystem({
 
   const common = {
     ...process.env,
-    REDIS_URL: redis.url,
+    REDIS_URL: redisUrl ?? redis.url,
     STORAGE_URL: storageUrl ?? pathToFileURL(path.join(directory, 'objects')).href,
     MODEL_URL: path.join(root, 'models/default'),
     DATA_DIR: directory,

@@ -59,9 +59,10 @@ export async function startService(
   try {
     config = loadConfig();
   } catch (error) {
-    return refuse(pino({ name }), error);
+    return refuse(pino({ name }, logDestination()), error);
   }
-  const log = pino({ name, level: config.logLevel, base: { service: name, pid: process.pid } });
+  const base = { service: name, pid: process.pid };
+  const log = pino({ name, level: config.logLevel, base }, logDestination());
   const registry = new Registry();
   registry.setDefaultLabels({ service: name });
   collectDefaultMetrics({ register: registry });
@@ -162,6 +163,14 @@ export async function startService(
     return refuse(log, error);
   }
   await reportReadiness(service);
+}
+
+/**
+ * Written at once. pino's default queues lines and flushes them on exit, and that flush never ends when the
+ * reader of the pipe is gone (sonic-boom 4.2 retries EPIPE for ever): a service would outlive a killed launcher.
+ */
+function logDestination() {
+  return pino.destination({ fd: 1, sync: true });
 }
 
 async function serveHealth(service: Service, host: string, port: number): Promise<void> {

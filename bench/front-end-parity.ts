@@ -2,7 +2,7 @@
  * Parity of the front end with log-mel arrays that others computed from the same recordings: decodes each FLAC, makes
  * a centred hop-512 log-mel, and compares it with the clip's stored array after one offset and one scale per clip.
  *
- *     node services/decoder/src/parity.ts <directory of FLACs> <mel.npy> <names.json>
+ *     npm run bench -- front-end-parity <directory of FLACs> <mel.npy> <names.json>
  *
  * The arrays come from the two GTZAN files of the project's data, made plain by these lines of Python:
  *
@@ -16,9 +16,9 @@ import { tmpdir } from 'node:os';
 import path from 'node:path';
 import type { Profile } from '@acousticsense/shared/bundle';
 import { parseNpy } from '@acousticsense/shared/tensor';
-import { loadConfig } from './config.ts';
-import { createFfmpeg } from './ffmpeg.ts';
-import { createFrontEnd } from './front-end.ts';
+import { loadConfig } from '../services/decoder/src/config.ts';
+import { createFfmpeg } from '../services/decoder/src/ffmpeg.ts';
+import { createFrontEnd } from '../services/decoder/src/front-end.ts';
 
 /** How the arrays were made; a window longer than any clip, so that one window holds all of it. */
 const profile: Profile = {

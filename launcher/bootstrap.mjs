@@ -219,9 +219,22 @@ function npmPackagesInstalled() {
   return Object.entries(wanted).every(([location, entry]) => {
     if (!location.startsWith('node_modules/') && !location.includes('/node_modules/')) return true;
     const found = present[location];
-    if (found === undefined) return entry.optional === true || entry.peer === true;
+    if (found === undefined)
+      return (entry.optional === true && !isForThisMachine(entry)) || entry.peer === true;
     return entry.link === true || (found.version === entry.version && found.integrity === entry.integrity);
   });
+}
+
+/** Of an optional package: that it is a native part for exactly this kind of machine. */
+function isForThisMachine({ os, cpu, libc }) {
+  const fits = (list, value) => list === undefined || [list].flat().includes(value);
+  return (
+    os !== undefined &&
+    cpu !== undefined &&
+    fits(os, 'linux') &&
+    fits(cpu, process.arch) &&
+    fits(libc, 'glibc')
+  );
 }
 
 function readLock(file) {
@@ -250,6 +263,10 @@ function installNpmPackages() {
   console.log('Installing npm packages (about 800 MB on disk)...');
   const { status } = spawnSync(npm, [...args, 'ci', '--no-audit', '--no-fund', '--loglevel=error'], {
     cwd: root,
+    env: {
+      ...process.env,
+      NODE_OPTIONS: `--require ${JSON.stringify(path.join(root, 'launcher', 'npm-engine.cjs'))}`,
+    },
     stdio: ['ignore', 'inherit', 'inherit'],
   });
   if (status !== 0) {

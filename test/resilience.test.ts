@@ -9,7 +9,7 @@ import { after, before, describe, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { connectRedisForWorker } from '../packages/shared/src/redis.ts';
 import { sine, wav } from './audio.ts';
-import { finished, isFinished, type Job, jobWhen, request, upload } from './client.ts';
+import { finished, isFinished, type Job, jobWhen, request, serverSentEvents, upload } from './client.ts';
 import { type ServiceName, type System, startSystem } from './system.ts';
 
 let seed = 0;
@@ -138,11 +138,17 @@ describe('a job', () => {
       await system.start(name);
     }
 
-    test('kill -9 of the decoder in mid-job', async () => {
-      const { id } = await upload(system.url, song(1_500), { fields: { windows: 'all' } });
-      await inState(id, 'decoding');
-      await killAndRestart('decoder');
-      await assertAnsweredOnce(id);
+    test('kill -9 of the decoder in mid-job, which leaves no scratch files', async () => {
+      const sent = await upload(system.url, song(1_500), { fields: { windows: 'all' } });
+      for await (const { event } of serverSentEvents(system.url + sent.links.events))
+        if (event === 'progress') break;
+      await system.kill('decoder');
+      const scratch = path.join(system.directory, 'scratch');
+      const left = await readdir(scratch);
+      assert.equal(left.length, 1, 'it was killed in mid-job');
+      await system.start('decoder');
+      await assertAnsweredOnce(sent.id);
+      assert.ok(!(await readdir(scratch)).includes(left[0]!));
     });
 
     test('kill -9 of the inference service in mid-job', async () => {

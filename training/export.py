@@ -46,6 +46,21 @@ PROVENANCE = (
 )
 
 
+def profile() -> dict[str, Any]:
+    """What the service's decoder has to do: model.json's ``profile``."""
+    return {
+        "sampleRate": prepare.SAMPLE_RATE, "channels": "mean", "resampler": "soxr",
+        "window": "hann", "fftSize": prepare.FFT_SIZE, "hopLength": prepare.HOP,
+        "centered": False, "padMode": "none", "power": 2,
+        "melScale": "slaney", "melNorm": "slaney", "melBands": prepare.BANDS,
+        "minHz": 0, "maxHz": prepare.SAMPLE_RATE // 2,
+        "reference": "max", "scope": "window", "floorDb": int(prepare.FLOOR_DB),
+        "quantisation": "linear-uint8",
+        "windowFrames": prepare.FRAMES, "stepFrames": prepare.FRAMES // 2,
+        "shortInput": "loop",
+    }
+
+
 def fit_temperature(logits: npt.NDArray[np.float32], label: npt.NDArray[np.int64]) -> float:
     """The one temperature that minimises validation negative log-likelihood."""
 
@@ -138,9 +153,10 @@ def main() -> None:
 
     saved = torch.load(args.run / "model.pt", weights_only=True)
     run: dict[str, Any] = json.loads((args.run / "run.json").read_text())
-    extra = args.run / "robustness.json"
-    if extra.exists():
-        run["robustness"] = json.loads(extra.read_text())
+    for extra in ("robustness", "source"):
+        path = args.run / f"{extra}.json"
+        if path.exists():
+            run[extra] = json.loads(path.read_text())
     config = ModelConfig.from_dict(saved["config"])
     model = GenreViT(config)
     model.load_state_dict(saved["state"])
@@ -185,17 +201,7 @@ def main() -> None:
         "licence": LICENCE,
         "provenance": PROVENANCE,
         "labels": list(labels.LABELS),
-        "profile": {
-            "sampleRate": prepare.SAMPLE_RATE, "channels": "mean", "resampler": "soxr",
-            "window": "hann", "fftSize": prepare.FFT_SIZE, "hopLength": prepare.HOP,
-            "centered": False, "padMode": "none", "power": 2,
-            "melScale": "slaney", "melNorm": "slaney", "melBands": prepare.BANDS,
-            "minHz": 0, "maxHz": prepare.SAMPLE_RATE // 2,
-            "reference": "max", "scope": "window", "floorDb": int(prepare.FLOOR_DB),
-            "quantisation": "linear-uint8",
-            "windowFrames": prepare.FRAMES, "stepFrames": prepare.FRAMES // 2,
-            "shortInput": "loop",
-        },
+        "profile": profile(),
         "graph": {
             "file": "model.onnx",
             "input": {"name": "windows", "shape": ["batch", prepare.BANDS, prepare.FRAMES],
@@ -205,8 +211,11 @@ def main() -> None:
                 "embedding": {"name": "embedding", "shape": ["batch", config.dim]},
             },
             "imageSize": IMAGE_SIZE,
-            "colour": "single channel, no colour map: grey levels 0-255 scaled to 0-1",
-            "resize": "bilinear", "mean": [config.mean], "std": [config.std],
+            "colour": "no colour map; rows smeared to the form the network was trained on, "
+                      "re-referenced to the loudest cell, scaled to 0-1; two channels: that, "
+                      "and that less each row's mean over time",
+            "resize": "bilinear",
+            "mean": [config.mean, 0], "std": [config.std, round(config.std / 2, 5)],
         },
         "aggregation": "mean",
         "calibration": {"method": "temperature", "temperature": temperature},

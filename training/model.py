@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import prepare
+
 IMAGE_SIZE = 224
 GRID = 14
 
@@ -138,6 +140,28 @@ class Layer(nn.Module):
         return x + self._drop(self.mlp(self.norm2(x)))
 
 
+class CommonForm(nn.Module):
+    """The service's windows uint8 [n, 128, 128] -> the form the network was trained
+    on, float32 [n, 128, 128] in 0..1: smeared over rows, re-referenced to the loudest
+    cell. See prepare.to_fma_bands for why."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        bands = torch.from_numpy(prepare.to_fma_bands())
+        rows = torch.from_numpy(prepare.fma_row_weights())
+        self.register_buffer("bands", bands, persistent=False)
+        self.register_buffer("rows", rows, persistent=False)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        span = -prepare.FLOOR_DB
+        to_nepers = float(np.log(10) / 10)
+        power = torch.exp((windows.float() / 255.0 - 1.0) * (span * to_nepers))
+        smeared = torch.matmul(self.bands, power).log() * (1.0 / to_nepers)
+        db = torch.matmul(self.rows, smeared)
+        db = db - db.amax(dim=2, keepdim=True).amax(dim=1, keepdim=True)
+        return (db / span + 1.0).clamp(0.0, 1.0)
+
+
 class WindowStatistics(nn.Module):
     """Fixed statistics of windows: float32 [n, 128, 128] in 0..1 -> [n, size].
 
@@ -215,6 +239,7 @@ class GenreViT(nn.Module):
         super().__init__()
         self.config = config
         dim = config.dim
+        self.common = CommonForm()
         self.stem = Stem(config)
         self.to_tokens = nn.Conv2d(config.stem[2], dim, 1)
         self.position = nn.Parameter(torch.randn(1, GRID * GRID, dim) * 0.02)
@@ -266,10 +291,9 @@ class GenreViT(nn.Module):
             values = F.dropout(values, self.config.dropout)
         return self.statistics_hidden(values)
 
-    def features(self, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> (pooled features [n, dim], stem features [n, c, 14, 14], statistics
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """float32 [n, 128, 128] in 0..1, common form -> (pooled features [n, dim], stem features [n, c, 14, 14], statistics
         [n, width])."""
-        x = windows.float() * (1.0 / 255.0)
         image = self.image(x).contiguous(memory_format=torch.channels_last)
         stem = self.stem(image)
         tokens = self.to_tokens(stem).flatten(2).transpose(1, 2) + self.position
@@ -298,13 +322,20 @@ class GenreViT(nn.Module):
         return self.pool(torch.cat([mean, deviation, used], dim=1)), stem, summary
 
     def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        pooled, _, _ = self.features(windows)
+        """The exported graph: windows as the service makes them."""
+        pooled, _, _ = self.features(self.common(windows))
         return self.head(F.gelu(pooled)), F.normalize(pooled, dim=1)
 
+    def prepared_logits(self, windows: Tensor) -> Tensor:
+        """Logits [n, classes] of windows uint8 that prepare.py made: they are in the
+        common form already."""
+        pooled, _, _ = self.features(windows.float() / 255.0)
+        return self.head(F.gelu(pooled))
+
     def training_logits(self, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> logits of the network, of the stem alone and of the statistics alone,
-        each [n, classes]."""
-        pooled, stem, summary = self.features(windows)
+        """Prepared windows -> logits of the network, of the stem alone and of the
+        statistics alone, each [n, classes]."""
+        pooled, stem, summary = self.features(windows.float() / 255.0)
         return (
             self.head(self.dropout(F.gelu(pooled))),
             self.stem_head(self.dropout(stem.mean(dim=(2, 3)))),

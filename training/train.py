@@ -46,7 +46,7 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, object]]:
     p.add_argument("--average", type=float, default=0.998, help="weight averaging per step")
     p.add_argument("--depth", type=int, default=ModelConfig.depth)
     p.add_argument("--teacher-share", type=float, default=0.5,
-                   help="weight of teacher.py's soft targets; made in OUT where missing")
+                   help="weight of teacher.py's soft targets")
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--threads", type=int, default=2,
                    help="at most; fewer are used while fewer are faster (a shared machine)")
@@ -111,9 +111,9 @@ class Average:
 
 @torch.no_grad()
 def predict(model: GenreViT, windows: Tensor, batch: int = 64) -> Tensor:
-    """Logits float32 [n, classes] of windows uint8 [n, 128, 128]."""
+    """Logits float32 [n, classes] of prepared windows uint8 [n, 128, 128]."""
     model.eval()
-    return torch.cat([model(w)[0].float() for w in windows.split(batch)])
+    return torch.cat([model.prepared_logits(w).float() for w in windows.split(batch)])
 
 
 def processor_name() -> str:
@@ -141,13 +141,7 @@ def main() -> None:
     targets = np.eye(classes, dtype=np.float32)[train.label]
     targets = targets * (1 - args.smoothing) + args.smoothing / classes
     if args.teacher_share > 0:
-        soft_path = args.out / "teacher.npz"
-        if not soft_path.exists():
-            teacher.make(train, soft_path)
-        with np.load(soft_path) as z:
-            soft = z["probability"].astype(np.float32)
-        if soft.shape != targets.shape:
-            raise SystemExit(f"{soft_path}: {soft.shape}, expected {targets.shape}")
+        soft = teacher.soft_targets(train)
         targets = args.teacher_share * soft + (1 - args.teacher_share) * targets
 
     sample = prepare.plain_windows(train).float() / 255.0

@@ -44,9 +44,6 @@ export interface Service {
   announcePort(port: number): void;
 }
 
-/** A probe of the storage is a write: on S3 it is paid for. */
-export const storageTrustMs = 15_000;
-
 const checkTimeoutMs = 2_000;
 const checkEveryMs = 250;
 

@@ -2,10 +2,13 @@
  * Which models and profiles are served now: workers announce it in Redis every few seconds, the API reads it
  * and refuses a job that nobody would take.
  */
+import { hostname } from 'node:os';
 import type { Redis } from 'ioredis';
 import { z } from 'zod';
 import { type Bundle, windowSeconds } from './bundle.ts';
+import { queueName } from './pipeline.ts';
 import { withRedis } from './redis.ts';
+import type { Service } from './service.ts';
 
 /** What a model says of itself to everybody: enough to read a stored result long after its worker is gone. */
 export const modelDescriptionSchema = z.strictObject({
@@ -30,7 +33,7 @@ export const modelDescriptionSchema = z.strictObject({
 });
 export type ModelDescription = z.infer<typeof modelDescriptionSchema>;
 
-export function describeModel({ manifest, digest, profileHash }: Bundle): ModelDescription {
+function describeModel({ manifest, digest, profileHash }: Bundle): ModelDescription {
   const { name, version, licence, provenance, labels, threshold, calibration, accuracy, profile } = manifest;
   return {
     digest,
@@ -68,24 +71,36 @@ const retryMs = 250;
 const goneAfterMs = 12_000;
 
 /**
- * Announces until closed. While there is nothing to announce or Redis is away it tries again soon, so that a
- * worker that has just become ready is known at once; readiness has its own check.
+ * Announces a worker until the service closes. While it is not ready or Redis is away it tries again soon, so that
+ * a worker that has just become ready is known at once.
+ *
+ * @param ready what is told of it beyond its route; undefined while it is not ready: then it is not announced, and
+ *   the API refuses what nobody would take.
  */
-export function announce(
+export function announceWorker(
+  service: Service,
   redis: Redis,
-  description: ModelDescription,
-  announcement: () => Announcement | undefined,
-): { stop(): Promise<void> } {
-  let told: string | undefined;
+  bundle: Bundle,
+  kind: Announcement['kind'],
+  ready: () => { provider?: string } | undefined,
+): void {
+  const description = describeModel(bundle);
+  const route = { profileHash: bundle.profileHash, modelDigest: bundle.digest };
+  const queue = queueName(kind === 'decoder' ? 'decode' : 'inference', route);
+  const workerId = `${hostname()}-${process.pid}`;
+  const field = `${queue}/${workerId}`;
+  const since = Date.now();
+  let told = false;
   let stopped = false;
   let timer: NodeJS.Timeout | undefined;
+
   const tell = async () => {
-    const current = announcement();
-    if (current === undefined) return false;
-    const field = `${current.queue}/${current.workerId}`;
+    const more = ready();
+    if (more === undefined) return false;
+    const announcement: Announcement = { kind, queue, workerId, since, ...route, ...more };
     await redis.set(modelKey(description.digest), JSON.stringify(description));
-    await redis.hset(workersKey, field, JSON.stringify({ ...current, seen: Date.now() }));
-    told = field;
+    await redis.hset(workersKey, field, JSON.stringify({ ...announcement, seen: Date.now() }));
+    told = true;
     return true;
   };
   const beat = async () => {
@@ -97,14 +112,13 @@ export function announce(
     timer = setTimeout(again, done ? beatMs : retryMs);
   };
   let beating = beat();
-  return {
-    async stop() {
-      stopped = true;
-      clearTimeout(timer);
-      await beating;
-      if (told !== undefined) await redis.hdel(workersKey, told).catch(() => {});
-    },
-  };
+
+  service.onClose('announcement', async () => {
+    stopped = true;
+    clearTimeout(timer);
+    await beating;
+    if (told) await redis.hdel(workersKey, field).catch(() => {});
+  });
 }
 
 /** Every worker that was heard of within the last seconds; forgets those silent for an hour. */

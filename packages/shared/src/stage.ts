@@ -11,9 +11,9 @@
  */
 import { hostname } from 'node:os';
 import { DelayedError, type Job, UnrecoverableError, Worker } from 'bullmq';
-import type { Redis } from 'ioredis';
 import type { Logger } from 'pino';
 import { Counter, Histogram } from 'prom-client';
+import type { Backends } from './backends.ts';
 import { InfrastructureFault, isRedisAway, ProblemError } from './errors.ts';
 import type { JobRecord } from './job.ts';
 import {
@@ -80,21 +80,15 @@ export interface StageRunner {
   readonly route: { readonly profileHash: string; readonly modelDigest: string };
   readonly stage: Stage;
   readonly concurrency: number;
-  readonly records: JobRecords;
-  readonly queues: Queues;
-  readonly storage: Storage;
-  /** For BullMQ's blocking reads; must wait for Redis for ever (`connectRedisForWorker`). */
-  readonly workerRedis: Redis;
-  /** For hearing of cancellations; a connection of its own. */
-  readonly subscriber: Redis;
+  readonly backends: Backends;
 }
 
 const cancelled = Symbol('cancelled');
 
 /** Starts taking jobs; registers its own closers and metrics on the service. */
 export function runStage(runner: StageRunner): void {
-  const { service, name, route, stage, concurrency, records, queues, storage, workerRedis, subscriber } =
-    runner;
+  const { service, name, route, stage, concurrency, backends } = runner;
+  const { records, queues, storage } = backends;
   const { payload: schema, begins } = stages[name];
   const queue = queueName(name, route);
   const running = new Map<string, AbortController>();
@@ -275,7 +269,7 @@ export function runStage(runner: StageRunner): void {
   }
 
   const worker = new Worker<StagePayload>(queue, process, {
-    connection: workerRedis,
+    connection: backends.connect(),
     prefix: queuePrefix(queue),
     name: `${hostname()}-${globalThis.process.pid}`,
     concurrency,
@@ -290,6 +284,7 @@ export function runStage(runner: StageRunner): void {
 
   const breaker = createBreaker(worker, service);
 
+  const subscriber = backends.connect();
   subscriber.on('message', (_channel, message) => {
     const change = JSON.parse(message) as JobChange;
     if (change.state === 'cancelled') running.get(change.jobId)?.abort(cancelled);

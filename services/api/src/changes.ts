@@ -25,7 +25,6 @@ export interface Changes {
     signal: AbortSignal,
   ): AsyncGenerator<JobRecord | Progress | 'heartbeat'>;
   readonly followers: number;
-  close(): void;
 }
 
 interface Follower {
@@ -113,6 +112,5 @@ export function createChanges(subscriber: Redis, records: JobRecords, heartbeatM
     get followers() {
       return [...followers.values()].reduce((sum, set) => sum + set.size, 0);
     },
-    close: () => subscriber.disconnect(),
   };
 }

@@ -1,11 +1,8 @@
 import { createServer } from 'node:http';
 import type { AddressInfo } from 'node:net';
+import { openBackends } from '@acousticsense/shared/backends';
 import { StartupError } from '@acousticsense/shared/errors';
-import { createJobRecords } from '@acousticsense/shared/job-records';
-import { openStorage } from '@acousticsense/shared/open-storage';
-import { createQueues } from '@acousticsense/shared/queues';
-import { connectRedis, connectRedisForWorker, redisCheck } from '@acousticsense/shared/redis';
-import { type Service, startService, storageTrustMs } from '@acousticsense/shared/service';
+import { type Service, startService } from '@acousticsense/shared/service';
 import { Gauge } from 'prom-client';
 import { createApp } from './app.ts';
 import { createChanges } from './changes.ts';
@@ -18,22 +15,13 @@ await startService('api', () => (config = loadConfig(process.env)), wire);
 
 async function wire(service: Service): Promise<void> {
   const { log } = service;
-  const storage = openStorage(config.storageUrl);
-  service.onClose('storage', () => storage.close());
-  service.addCheck('storage', () => storage.probe(), storageTrustMs);
-
-  const redis = connectRedis(config.redisUrl);
-  service.onClose('redis', () => redis.disconnect());
-  service.addCheck('redis', redisCheck(redis));
-
-  const records = createJobRecords(redis, {
-    resultSeconds: config.resultRetentionMs / 1_000,
-    events: config.eventsKept,
+  const backends = openBackends(service, {
+    redisUrl: config.redisUrl,
+    storageUrl: config.storageUrl,
+    retention: { resultSeconds: Math.ceil(config.resultRetentionMs / 1_000), events: config.eventsKept },
   });
-  const queues = createQueues(redis);
-  service.onClose('queues', () => queues.close());
-  const changes = createChanges(connectRedisForWorker(config.redisUrl), records);
-  service.onClose('subscriber', () => changes.close());
+  const { redis, storage, records, queues } = backends;
+  const changes = createChanges(backends.connect(), records);
 
   const reconciler = createReconciler({ redis, records, queues, storage, log, ...config });
   reconciler.start();

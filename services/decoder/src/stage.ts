@@ -1,6 +1,6 @@
 /** The decode stage: an audio object -> log-mel windows and a spectrogram in storage -> the job record. */
 import { createReadStream } from 'node:fs';
-import { mkdir, mkdtemp, rm } from 'node:fs/promises';
+import { mkdir, mkdtemp, readdir, rm } from 'node:fs/promises';
 import path from 'node:path';
 import { InfrastructureFault, ProblemError } from '@acousticsense/shared/errors';
 import { type Decoded, type JobRecord, type Sidecar, sidecarSchema } from '@acousticsense/shared/job';
@@ -158,8 +158,28 @@ export function createDecodeStage({
 
 async function openScratch(parent: string): Promise<AsyncDisposable & { directory: string }> {
   await mkdir(parent, { recursive: true });
-  const directory = await mkdtemp(path.join(parent, 'decode-'));
+  const directory = await mkdtemp(path.join(parent, `decode-${process.pid}-`));
   return { directory, [Symbol.asyncDispose]: () => rm(directory, { recursive: true, force: true }) };
+}
+
+/** Removes what decoders that were killed left behind: directories named after a process that is no more. */
+export async function clearScratch(parent: string): Promise<void> {
+  await mkdir(parent, { recursive: true });
+  for (const name of await readdir(parent)) {
+    const pid = Number(/^decode-(\d+)-/.exec(name)?.[1]);
+    if (pid && (pid === process.pid || !isAlive(pid))) {
+      await rm(path.join(parent, name), { recursive: true, force: true });
+    }
+  }
+}
+
+function isAlive(pid: number): boolean {
+  try {
+    process.kill(pid, 0);
+    return true;
+  } catch (error) {
+    return (error as NodeJS.ErrnoException).code === 'EPERM';
+  }
 }
 
 /** At most five signs of progress a second: each is a message to every API process. */

@@ -1,13 +1,8 @@
 /** The inference service: wiring only. */
-import { hostname } from 'node:os';
+import { openBackends } from '@acousticsense/shared/backends';
 import { loadBundle } from '@acousticsense/shared/bundle';
-import { createJobRecords } from '@acousticsense/shared/job-records';
-import { openStorage } from '@acousticsense/shared/open-storage';
-import { queueName } from '@acousticsense/shared/pipeline';
-import { createQueues } from '@acousticsense/shared/queues';
-import { connectRedis, connectRedisForWorker, redisCheck } from '@acousticsense/shared/redis';
-import { startService, storageTrustMs } from '@acousticsense/shared/service';
-import { announce, describeModel } from '@acousticsense/shared/serving';
+import { startService } from '@acousticsense/shared/service';
+import { announceWorker } from '@acousticsense/shared/serving';
 import { runStage } from '@acousticsense/shared/stage';
 import { createBatcher } from './batcher.ts';
 import { type InferenceConfig, loadConfig } from './config.ts';
@@ -45,20 +40,7 @@ await startService(
     });
     await model.start();
 
-    const redis = connectRedis(config.redisUrl);
-    const workerRedis = connectRedisForWorker(config.redisUrl);
-    const subscriber = connectRedisForWorker(config.redisUrl);
-    for (const connection of [redis, workerRedis, subscriber]) {
-      service.onClose('redis connection', () => connection.disconnect());
-    }
-    service.addCheck('redis', redisCheck(redis));
-
-    const storage = openStorage(config.storageUrl);
-    service.onClose('storage', () => storage.close());
-    service.addCheck('storage', () => storage.probe(), storageTrustMs);
-
-    const queues = createQueues(redis);
-    service.onClose('queues', () => queues.close());
+    const backends = openBackends(service, config);
 
     const { melBands, windowFrames } = manifest.profile;
     const batcher = createBatcher({
@@ -72,39 +54,22 @@ await startService(
       log,
     });
 
-    const route = { profileHash: bundle.profileHash, modelDigest: bundle.digest };
-    const since = Date.now();
-    // A model that is not ready is not announced: the API then refuses what nobody would take.
-    const announcement = announce(redis, describeModel(bundle), () => {
+    announceWorker(service, backends.redis, bundle, 'inference', () => {
       const { ready } = model.status;
-      if (!ready) return undefined;
-      return {
-        kind: 'inference',
-        queue: queueName('inference', route),
-        workerId: `${hostname()}-${process.pid}`,
-        since,
-        ...route,
-        provider: ready.provider,
-      };
+      return ready && { provider: ready.provider };
     });
-    service.onClose('announcement', () => announcement.stop());
-
     runStage({
       service,
       name: 'inference',
-      route,
+      route: { profileHash: bundle.profileHash, modelDigest: bundle.digest },
       stage: createInferenceStage({
         manifest,
-        storage,
+        storage: backends.storage,
         batcher,
         provider: () => model.status.ready?.provider ?? 'none',
       }),
       concurrency: config.concurrency,
-      records: createJobRecords(redis, config.retention),
-      queues,
-      storage,
-      workerRedis,
-      subscriber,
+      backends,
     });
   },
 );

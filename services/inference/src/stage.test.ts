@@ -53,12 +53,13 @@ async function open() {
     onRestart: () => (restarts += 1),
   });
   await model.start();
-  const connections = [0, 1, 2].map(() => connectRedisForWorker(server.url));
-  const [redis, workerRedis, subscriber] = connections as [
-    (typeof connections)[0],
-    (typeof connections)[0],
-    (typeof connections)[0],
-  ];
+  const connections: ReturnType<typeof connectRedisForWorker>[] = [];
+  const connect = () => {
+    const connection = connectRedisForWorker(server.url);
+    connections.push(connection);
+    return connection;
+  };
+  const redis = connect();
   const records = createJobRecords(redis, { resultSeconds: 3_600, events: 100 });
   const queues = createQueues(redis);
   const closers: (() => unknown)[] = [];
@@ -96,11 +97,7 @@ async function open() {
       provider: () => model.status.ready?.provider ?? 'none',
     }),
     concurrency: 8,
-    records,
-    queues,
-    storage,
-    workerRedis,
-    subscriber,
+    backends: { redis, records, queues, storage, connect },
   });
   return {
     parts: { records, queues, storage },

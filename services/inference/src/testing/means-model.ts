@@ -6,8 +6,8 @@ import path from 'node:path';
 import type { Manifest } from '@acousticsense/shared/bundle';
 import { npyHeader } from '@acousticsense/shared/tensor';
 
-export const bands = 16;
-export const frames = 8;
+const bands = 16;
+const frames = 8;
 export const windowBytes = bands * frames;
 export const labels = ['Loud', 'Louder', 'Soft', 'Softer'];
 export const moodyChild = new URL('./moody-child.ts', import.meta.url);

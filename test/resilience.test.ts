@@ -287,6 +287,12 @@ test('a job whose queue job vanished is found by the reconciler and done', async
   process.kill(system.pid('decoder'), 'SIGSTOP');
   const { id } = await upload(system.url, song());
   const redis = connectRedisForWorker(system.redis.url);
+  const waiting = async () => {
+    const metrics = await (await fetch(`${system.url}/metrics`)).text();
+    return Number(/^acousticsense_queue_waiting\{[^}]*stage="decode"[^}]*\} (\d+)/m.exec(metrics)?.[1]);
+  };
+  for (let n = 0; n < 100 && (await waiting()) !== 1; n += 1) await sleep(50);
+  assert.equal(await waiting(), 1, 'the depth of the queue is a metric');
   const keys = await redis.keys('{as-decode-*');
   assert.ok(keys.length > 0);
   await redis.del(...keys);

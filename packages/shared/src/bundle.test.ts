@@ -71,9 +71,13 @@ describe('a model bundle', () => {
 
   for (const [what, spoil, sentence] of [
     ['that is not JSON', () => '{', /is not JSON/],
-    ['with labels that repeat', (m) => {
+    [
+      'with labels that repeat',
+      (m) => {
         m.labels[1] = m.labels[0]!;
-      }, /labels/],
+      },
+      /labels/,
+    ],
     ['with one label too few', (m) => void m.labels.pop(), /14 labels for logits of shape \["batch",15\]/],
     [
       'with another input shape than its profile makes',
@@ -82,19 +86,31 @@ describe('a model bundle', () => {
       },
       /graph\.input\.shape.*64/,
     ],
-    ['with bands above half the sample rate', (m) => {
+    [
+      'with bands above half the sample rate',
+      (m) => {
         m.profile.sampleRate = 16_000;
-      }, /maxHz/],
-    ['with a step longer than its window', (m) => {
+      },
+      /maxHz/,
+    ],
+    [
+      'with a step longer than its window',
+      (m) => {
         m.profile.stepFrames = 129;
-      }, /stepFrames/],
+      },
+      /stepFrames/,
+    ],
     ['with an unknown field', (m) => Object.assign(m, { colour: 'blue' }), /colour|Unrecognized/],
     ['without a hash for its graph', (m) => void delete m.files['model.onnx'], /no SHA-256 for model\.onnx/],
     ['of another format', (m) => Object.assign(m, { format: 2 }), /format/],
-    ['with a file outside its directory', (m) => {
-        m.files['../x'] = 'a'.repeat(64;
-      }), /outside/],
-  ] as [string, (manifest: Manifest) => unknown, RegExp][]) 
+    [
+      'with a file outside its directory',
+      (m) => {
+        m.files['../x'] = 'a'.repeat(64);
+      },
+      /outside/,
+    ],
+  ] as [string, (manifest: Manifest) => unknown, RegExp][])
     test(`${what} is refused with a sentence`, async () => {
       await write(spoil);
       await refused(sentence);

@@ -73,12 +73,12 @@ def fit_temperature(logits: npt.NDArray[np.float32], label: npt.NDArray[np.int64
 
 
 def pick_threshold(probability: metrics.F64, label: npt.NDArray[np.int64]) -> float:
-    """Smallest multiple of 0.05 above which at least three answers in four are right."""
+    """Smallest multiple of 0.05 above which at least two answers in three are right."""
     confidence = probability.max(axis=1)
     right = probability.argmax(axis=1) == label
     for step in range(2, 19):
         above = confidence >= step * 0.05
-        if above.any() and right[above].mean() >= 0.75:
+        if above.any() and right[above].mean() >= 2 / 3:
             return round(step * 0.05, 2)
     return 0.9
 

@@ -151,7 +151,9 @@ async function installSystemPackages(packages) {
     );
   }
   if (atTerminal) {
-    const yes = await confirm(`AcousticSense needs these system packages: ${list}. Install them now? [Y/n] `);
+    const yes = await confirm(
+      `AcousticSense needs these system packages: ${list}. Install them now with ${rootHere ? 'apt-get' : 'sudo apt-get'}? [Y/n] `,
+    );
     if (!yes)
       throw new Refusal(
         `Nothing was installed. Run this when you are ready, then the same command again:\n\n  ${byHand}\n`,
@@ -351,7 +353,7 @@ function handOver(args) {
     },
   });
   for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP']) process.on(signal, () => child.kill(signal));
-  if (process.env.npm_lifecycle_event !== undefined) stopWithParent(child);
+  if (process.env.npm_lifecycle_event !== undefined) stopWithNpm(child);
   child.on('error', (error) => {
     console.error(`${argv[0]} could not be started: ${error.message}`);
     process.exit(1);
@@ -359,13 +361,27 @@ function handOver(args) {
   child.on('exit', (code, signal) => process.exit(signal === null ? code : 1));
 }
 
-/** npm killed outright leaves this process to init: then nobody could stop it from the terminal any more. */
-function stopWithParent(child) {
+/**
+ * npm killed outright, or the shell that it runs scripts in, leaves this process to init: then nobody could stop
+ * the product from the terminal any more.
+ */
+function stopWithNpm(child) {
   const parent = process.ppid;
+  const npm = /^(sh|dash|bash)$/.test(nameOf(parent)) ? parentOf(parent) : undefined;
   setInterval(() => {
-    if (process.ppid !== parent) child.kill('SIGTERM');
-  }, 1_000).unref();
+    if (process.ppid !== parent || (npm !== undefined && parentOf(parent) !== npm)) child.kill('SIGTERM');
+  }, 500).unref();
 }
+
+// Fields of /proc/PID/stat (proc(5)): the name in parentheses, the state, the parent.
+const nameOf = (pid) => /\((.*)\)/.exec(readFileSync(`/proc/${pid}/stat`, 'utf8'))?.[1] ?? '';
+const parentOf = (pid) => {
+  try {
+    return Number(/\) \S (\d+)/.exec(readFileSync(`/proc/${pid}/stat`, 'utf8'))?.[1]);
+  } catch {
+    return undefined;
+  }
+};
 
 main().catch((error) => {
   console.error(error instanceof Refusal ? error.message : error);

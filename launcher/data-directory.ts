@@ -7,7 +7,10 @@ import {
   existsSync,
   mkdirSync,
   openSync,
+  readdirSync,
   readFileSync,
+  readlinkSync,
+  realpathSync,
   renameSync,
   rmSync,
   writeFileSync,
@@ -25,8 +28,8 @@ export interface RunFile {
   processes: Record<string, { pid: number; port?: number }>;
 }
 
-/** How long the processes of a run whose launcher was killed may take to end. */
-const afterlifeMs = 40_000;
+/** How long the processes of a run whose launcher was killed may take to end by themselves. */
+const afterlifeMs = 35_000;
 
 /** @throws {StartupError} when it cannot be made or written. */
 export function prepareDataDirectory(dataDir: string): void {
@@ -59,23 +62,37 @@ function makeDirectory(directory: string): void {
  * @throws {StartupError} when another run has it.
  */
 export async function lockDataDirectory(dataDir: string): Promise<number | undefined> {
-  const fd = openSync(path.join(dataDir, 'lock'), 'a', 0o600);
+  const file = path.join(dataDir, 'lock');
+  const fd = openSync(file, 'a', 0o600);
   const deadline = Date.now() + afterlifeMs;
   for (let told = false; ; ) {
     const { status, error } = spawnSync('flock', ['-n', '3'], { stdio: ['ignore', 'ignore', 'ignore', fd] });
     if (error !== undefined) return undefined;
     if (status === 0) return fd;
     const other = readRunFile(dataDir);
-    if (other === undefined || isAlive(other.launcher) || Date.now() > deadline) {
+    if (other === undefined || isAlive(other.launcher) || Date.now() > deadline + 5_000) {
       const where = other?.url === undefined ? '' : ` at ${other.url}`;
       const who = other === undefined ? '' : ` (process ${other.launcher})`;
       throw new StartupError(
         `AcousticSense already runs on ${dataDir}${where}${who}: stop it first, or start a second one with DATA_DIR=/another/path PORT=8001 npm start.`,
       );
     }
+    if (Date.now() > deadline) endHolders(file, other);
     if (!told) console.log('Waiting for the processes of the run before, which was killed, to end...');
     told = true;
     await sleep(250);
+  }
+}
+
+/** Kills the processes of a run that still hold its lock: a process that has the file open is no namesake. */
+function endHolders(lockFile: string, { processes }: RunFile): void {
+  for (const { pid } of Object.values(processes)) {
+    try {
+      const open = readdirSync(`/proc/${pid}/fd`).map((fd) => readlinkSync(`/proc/${pid}/fd/${fd}`));
+      if (open.includes(realpathSync(lockFile))) process.kill(-pid, 'SIGKILL');
+    } catch {
+      // It has ended meanwhile.
+    }
   }
 }
 

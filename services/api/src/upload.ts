@@ -24,6 +24,7 @@ export interface UploadTarget {
 
 /** What fields and boundaries may add to the file's own size. */
 const formOverhead = 64 * 1024;
+const maxFields = 20;
 
 /**
  * Reads the whole request. When it throws, nothing is stored under `target.key`.
@@ -41,22 +42,16 @@ export async function receiveUpload(request: IncomingMessage, target: UploadTarg
   if (Number(request.headers['content-length'] ?? 0) > target.maxBytes + formOverhead)
     throw tooLarge(target.maxBytes);
 
+  // Its 'close' has been and gone: nothing below would ever hear of it.
+  if (request.destroyed && !request.complete) throw uploadCut();
+
   const stop = new AbortController();
-  const fields: Record<string, string> = {};
+  // Without a prototype, so that a field named `__proto__` is a field like any other.
+  const fields: Record<string, string> = Object.create(null);
   let stored: Promise<Omit<Upload, 'fields'>> | undefined;
   let problem: Error | undefined;
 
-  const form = new Busboy({
-    headers: request.headers as BusboyHeaders,
-    limits: {
-      files: 2,
-      fileSize: target.maxBytes,
-      fields: 20,
-      fieldSize: 1_000,
-      fieldNameSize: 100,
-      parts: 25,
-    },
-  });
+  const form = openForm(request, target.maxBytes);
   const fail = (error: Error) => {
     problem ??= error;
     stop.abort(problem);
@@ -65,7 +60,12 @@ export async function receiveUpload(request: IncomingMessage, target: UploadTarg
   form.on('field', (name, value) => {
     fields[name] = value;
   });
-  form.on('file', (name, stream, filename) => {
+  const tooManyFields = () =>
+    fail(new ProblemError('bad_request', `The form holds more than ${maxFields} fields.`));
+  form.on('fieldsLimit', tooManyFields);
+  form.on('partsLimit', tooManyFields);
+  // A part may have no name, whatever the parser's types say.
+  form.on('file', (name: string | undefined = '', stream, filename) => {
     if (name !== target.field) {
       stream.resume();
       return fail(
@@ -107,11 +107,37 @@ export async function receiveUpload(request: IncomingMessage, target: UploadTarg
     if (upload.size === 0) throw new ProblemError('empty_file', 'The file is empty: it holds no bytes.');
     return { ...upload, fields };
   } catch (error) {
+    // Before the abort, which makes the storing fail too: what came first is the reason.
+    problem ??= error as Error;
     request.unpipe(form);
-    stop.abort(error);
+    stop.abort(problem);
     await stored?.catch(() => {});
     await target.storage.delete(target.key).catch(() => {});
-    throw problem ?? error;
+    throw problem;
+  }
+}
+
+/** @throws {ProblemError} wrong_content_type: no boundary that can be used. */
+function openForm(request: IncomingMessage, maxBytes: number): Busboy {
+  try {
+    return new Busboy({
+      headers: request.headers as BusboyHeaders,
+      limits: {
+        files: 2,
+        fileSize: maxBytes,
+        fields: maxFields,
+        fieldSize: 1_000,
+        fieldNameSize: 100,
+        parts: maxFields + 5,
+      },
+    });
+  } catch (error) {
+    throw new ProblemError(
+      'wrong_content_type',
+      `The content type of the form cannot be used: ${(error as Error).message}.`,
+      {},
+      error,
+    );
   }
 }
 
@@ -139,7 +165,10 @@ async function store(
 /** For display only; no file is ever named after it. */
 export function displayName(filename: string | undefined): string {
   const last = (filename ?? '').split(/[/\\]/).at(-1) ?? '';
-  const clean = [...last.replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, ' ').trim()].slice(0, 255).join('');
+  // Well-formed: half a surrogate pair (a name sent as UTF-16) could not be written into a header.
+  const clean = [...last.toWellFormed().replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, ' ').trim()]
+    .slice(0, 255)
+    .join('');
   return clean === '' || clean === '.' || clean === '..' ? 'unnamed' : clean;
 }
 

@@ -133,11 +133,6 @@ describe('a job', () => {
   });
 
   describe('survives', () => {
-    async function killAndRestart(name: ServiceName): Promise<void> {
-      await system.kill(name);
-      await system.start(name);
-    }
-
     test('kill -9 of the decoder in mid-job, which leaves no scratch files', async () => {
       const sent = await upload(system.url, song(1_500), { fields: { windows: 'all' } });
       for await (const { event } of serverSentEvents(system.url + sent.links.events))

@@ -21,7 +21,6 @@ import {
   type CommitResult,
   changesChannel,
   type JobChange,
-  type JobRecords,
   type JobRef,
 } from './job-records.ts';
 import { jobPrefix } from './object-keys.ts';
@@ -34,9 +33,9 @@ import {
   stageOf,
   stages,
 } from './pipeline.ts';
-import { type Queues, queuePrefix } from './queues.ts';
+import { queuePrefix } from './queues.ts';
 import type { Service } from './service.ts';
-import { deletePrefix, type Storage } from './storage.ts';
+import { deletePrefix } from './storage.ts';
 
 /** A job may kill its worker this often: an innocent one can be near when others die, or be redeployed over. */
 const maxStarts = 12;

@@ -73,7 +73,7 @@ if (values.reference) {
   let compared = 0;
   let correct = 0;
   let correctThere = 0;
-  let largest = 0;
+  let largest = { difference: 0, file: '' };
   for (const { file, label, top, probabilities } of answers) {
     const there = reference.get(file);
     if (!there) continue;
@@ -83,9 +83,10 @@ if (values.reference) {
     if (key(top[0]!) === key(label)) correct += 1;
     if (key(best) === key(label)) correctThere += 1;
     const theirs = Number(there.get('p1'));
-    largest = Math.max(largest, Math.abs(theirs - (probabilities[best] ?? 0)));
+    const difference = Math.abs(theirs - (probabilities[best] ?? 0));
+    if (difference > largest.difference) largest = { difference, file };
   }
   console.log(
-    `against Python on ${compared} files: same top-1 ${share(same, compared)}; accuracy ${share(correct, compared)} here, ${share(correctThere, compared)} there; largest difference of Python's best probability ${largest.toFixed(4)}`,
+    `against Python on ${compared} files: same top-1 ${share(same, compared)}; accuracy ${share(correct, compared)} here, ${share(correctThere, compared)} there; largest difference of Python's best probability ${largest.difference.toFixed(4)} (${largest.file})`,
   );
 }

@@ -10,7 +10,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { connectRedisForWorker } from '../packages/shared/src/redis.ts';
 import { sine, wav } from './audio.ts';
 import { finished, isFinished, type Job, jobWhen, request, serverSentEvents, upload } from './client.ts';
-import { type ServiceName, type System, startSystem } from './system.ts';
+import { type System, startSystem } from './system.ts';
 
 let seed = 0;
 /** Another sound each time: nothing comes from the tensor cache. */

@@ -240,7 +240,18 @@ describe('the API', () => {
   test('an address that is not served is a problem, as is a method', async () => {
     await assertProblem(await request<Problem>(`${system.url}/v2/jobs`), 404, 'not_found');
     await assertProblem(await request<Problem>(`${jobs()}/%E0%A4%A`), 400, 'bad_request');
-    await assertProblem(await request<Problem>(jobs(), { method: 'PUT' }), 405, 'method_not_allowed');
+    for (const [at, method, allowed] of [
+      ['/v1/jobs', 'PUT', 'POST'],
+      ['/v1/jobs/x', 'POST', 'GET, HEAD, DELETE'],
+      ['/v1/jobs/x/events', 'DELETE', 'GET, HEAD'],
+      ['/v1/model', 'POST', 'GET, HEAD'],
+      ['/openapi.json', 'POST', 'GET, HEAD'],
+      ['/api/predict/', 'GET', 'POST'],
+    ] as const) {
+      const answer = await request<Problem>(system.url + at, { method });
+      await assertProblem(answer, 405, 'method_not_allowed');
+      assert.equal(answer.headers.get('allow'), allowed, at);
+    }
   });
 
   test('the spectrogram is a PNG of 224 by 224, the low tone at the bottom', async () => {
@@ -289,6 +300,21 @@ describe('the API', () => {
       states,
       order.filter((state) => states.includes(state)),
     );
+  });
+
+  test('HEAD of an event stream answers at once, though the job goes on', async () => {
+    process.kill(system.pid('decoder'), 'SIGSTOP');
+    try {
+      const sent = await upload(system.url, song);
+      const response = await fetch(system.url + sent.links.events, {
+        method: 'HEAD',
+        signal: AbortSignal.timeout(5_000),
+      });
+      assert.equal(response.status, 200);
+      assert.match(response.headers.get('content-type') ?? '', /^text\/event-stream/);
+    } finally {
+      process.kill(system.pid('decoder'), 'SIGCONT');
+    }
   });
 
   test('the event stream of a finished job is its snapshot, then the end', async () => {
@@ -365,6 +391,12 @@ describe('the API', () => {
       '/v1/jobs/{id}/spectrogram.png',
       '/v1/model',
     ]);
+    for (const operations of Object.values(body.paths)) {
+      for (const operation of Object.values(operations as Record<string, { responses?: object }>)) {
+        if (operation.responses)
+          assert.ok('default' in operation.responses, 'problems that every path may answer with');
+      }
+    }
     for (const [, name] of JSON.stringify(body).matchAll(/#\/components\/schemas\/(\w+)/g))
       assert.ok(name !== undefined && name in body.components.schemas, String(name));
   });
@@ -427,7 +459,9 @@ describe('an API with a key', () => {
   test('answers nothing but health without the key', async () => {
     assert.equal((await fetch(`${system.url}/healthz`)).status, 200);
     for (const at of ['/', '/v1/model', '/openapi.json', '/metrics', '/v1/jobs/x']) {
-      assert.equal((await fetch(system.url + at)).status, 401, at);
+      const refused = await fetch(system.url + at);
+      assert.equal(refused.status, 401, at);
+      assert.equal(refused.headers.get('www-authenticate'), 'Bearer');
       assert.equal(
         (await fetch(system.url + at, { headers: { authorization: 'Bearer wrong' } })).status,
         401,
@@ -451,6 +485,13 @@ describe('an API with a key', () => {
       (await fetch(`${system.url}/openapi.json`, { headers: { cookie: cookie.split(';')[0]! } })).status,
       200,
     );
+  });
+
+  test('takes a cookie that cannot be decoded for no key', async () => {
+    const headers = { cookie: 'acousticsense_key=%' };
+    assert.equal((await fetch(`${system.url}/openapi.json`, { headers })).status, 401);
+    const both = { ...headers, 'x-api-key': key };
+    assert.equal((await fetch(`${system.url}/openapi.json`, { headers: both })).status, 200);
   });
 
   test('refuses jobs while nobody serves a model, and says so', async () => {

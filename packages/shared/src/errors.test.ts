@@ -35,5 +35,8 @@ test('an error of the caller is not taken for an absence of Redis', () => {
   assert.equal(isRedisAway(new Error('ERR value is not an integer')), false);
   assert.equal(isRedisAway(new Error('WRONGTYPE Operation against a key')), false);
   assert.equal(isRedisAway(Object.assign(new Error('connect'), { code: 'ECONNREFUSED' })), true);
+  const missing = Object.assign(new Error('no such file'), { code: 'ENOENT' });
+  assert.equal(isRedisAway(Object.assign(missing, { syscall: 'open' })), false);
+  assert.equal(isRedisAway(Object.assign(missing, { syscall: 'connect' })), true);
   assert.equal(isRedisAway(new Error("OOM command not allowed when used memory > 'maxmemory'.")), true);
 });

@@ -138,9 +138,11 @@ export function toProblemJson(error: ProblemError, instance?: string): Record<st
 /** ioredis and BullMQ have no common error class: connection loss is told by these codes and messages. */
 export function isRedisAway(error: unknown): boolean {
   if (!(error instanceof Error)) return false;
-  const code = (error as NodeJS.ErrnoException).code ?? '';
+  const { code = '', syscall } = error as NodeJS.ErrnoException;
+  // ENOENT is a socket that is gone when it comes from connecting, and a missing file otherwise.
+  if (code === 'ENOENT') return syscall === 'connect';
   return (
-    ['ECONNREFUSED', 'ECONNRESET', 'EPIPE', 'ETIMEDOUT', 'ENOENT', 'EAI_AGAIN', 'ENOTFOUND'].includes(code) ||
+    ['ECONNREFUSED', 'ECONNRESET', 'EPIPE', 'ETIMEDOUT', 'EAI_AGAIN', 'ENOTFOUND'].includes(code) ||
     /Connection is closed|Stream isn't writeable|max retries per request|Command timed out|^LOADING|^MISCONF|^READONLY|^OOM/i.test(
       error.message,
     )

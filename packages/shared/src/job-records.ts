@@ -22,6 +22,16 @@ export interface JobChange {
   fraction?: number;
 }
 
+/** @returns undefined for a message that is none of ours: anybody on this Redis can publish. */
+export function parseJobChange(message: string): JobChange | undefined {
+  try {
+    const change = JSON.parse(message) as JobChange | null;
+    return typeof change?.jobId === 'string' ? change : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
 export interface JobRef {
   readonly tenant: string;
   readonly jobId: string;

@@ -83,6 +83,14 @@ test('work that does not end within the drain time is told to give back', async 
   assert.ok(running.lines().some(({ msg }) => msg === 'work given back'));
 });
 
+test('a closer that never ends, as while Redis is away, does not keep the process', async () => {
+  const running = await start('hanging-closer');
+  running.child.kill('SIGTERM');
+  const exit = await Promise.race([running.exit, sleep(10_000, 'still there', { ref: false })]);
+  if (exit === 'still there') running.child.kill('SIGKILL');
+  assert.equal(exit, 0);
+});
+
 test('readiness is 503 with the reason until every check passes, while health is 200', async () => {
   const running = await start('late');
   const early = await fetch(`${running.url}/readyz`);

@@ -45,6 +45,8 @@ export interface Service {
 }
 
 const checkTimeoutMs = 2_000;
+/** After the drain time: for giving back what runs. A part that is away, Redis above all, could keep it for ever. */
+const giveBackMs = 5_000;
 const checkEveryMs = 250;
 
 export async function startService(
@@ -133,6 +135,11 @@ export async function startService(
       config.drainSeconds * 1_000,
     );
     overtime.unref();
+    const leave = () => {
+      log.warn('could not close everything in time: leaving it to redelivery');
+      process.exit(process.exitCode ?? 0);
+    };
+    setTimeout(leave, config.drainSeconds * 1_000 + giveBackMs).unref();
     for (const { what, close } of closers.reverse()) {
       try {
         await close();

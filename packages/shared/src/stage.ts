@@ -20,8 +20,8 @@ import {
   anyOpenState,
   type CommitResult,
   changesChannel,
-  type JobChange,
   type JobRef,
+  parseJobChange,
 } from './job-records.ts';
 import { jobPrefix } from './object-keys.ts';
 import {
@@ -261,9 +261,16 @@ export function runStage(runner: StageRunner): void {
   ): Promise<never> {
     log.warn({ err: error }, 'something was away: the job goes back');
     if (!service.closing.aborted) breaker.open();
-    // Only deaths of the process count as starts.
-    await records.commit(ref, { from: [begins.to], to: begins.to, add: { [startsField]: -1 } });
+    // Only deaths of the process count as starts. While Redis is away this fails at once, and must not become the
+    // job's failure: the move waits for Redis, and spends no attempt.
+    const lowerStarts = () =>
+      records.commit(ref, { from: [begins.to], to: begins.to, add: { [startsField]: -1 } }).then(
+        () => true,
+        () => false,
+      );
+    const lowered = await lowerStarts();
     await job.moveToDelayed(Date.now() + 500 + Math.random() * 1_000, token);
+    if (!lowered) await lowerStarts();
     throw new DelayedError();
   }
 
@@ -285,8 +292,8 @@ export function runStage(runner: StageRunner): void {
 
   const subscriber = backends.connect();
   subscriber.on('message', (_channel, message) => {
-    const change = JSON.parse(message) as JobChange;
-    if (change.state === 'cancelled') running.get(change.jobId)?.abort(cancelled);
+    const change = parseJobChange(message);
+    if (change?.state === 'cancelled') running.get(change.jobId)?.abort(cancelled);
   });
   void subscriber.subscribe(changesChannel).catch(() => {});
 

@@ -80,5 +80,9 @@ function cookieValue(header: string | undefined): string | undefined {
     ?.split(';')
     .map((pair) => pair.trim())
     .find((pair) => pair.startsWith(`${cookieName}=`));
-  return found && decodeURIComponent(found.slice(cookieName.length + 1));
+  try {
+    return found && decodeURIComponent(found.slice(cookieName.length + 1));
+  } catch {
+    return undefined;
+  }
 }

@@ -1,4 +1,5 @@
 /** The HTTP surface: which path does what. */
+import { once } from 'node:events';
 import path from 'node:path';
 import { InfrastructureFault, ProblemError, toProblemJson } from '@acousticsense/shared/errors';
 import { spectrogramKey } from '@acousticsense/shared/object-keys';
@@ -122,23 +123,19 @@ export function createApp({ service, config, jobs, changes, storage }: AppDeps):
   app.get('/openapi.json', (_request, response) => {
     response.json(openApiDocument());
   });
-  app.all(
-    [
-      '/v1/jobs',
-      '/v1/jobs/:id',
-      '/v1/jobs/:id/events',
-      '/v1/jobs/:id/spectrogram.png',
-      '/v1/model',
-      '/api/predict',
-      '/api/predict/',
-    ],
-    (request) => {
+  for (const [at, allowed] of [
+    [['/v1/jobs', '/api/predict', '/api/predict/'], 'POST'],
+    [['/v1/jobs/:id'], 'GET, HEAD, DELETE'],
+    [['/v1/jobs/:id/events', '/v1/jobs/:id/spectrogram.png', '/v1/model', '/openapi.json'], 'GET, HEAD'],
+  ] as const) {
+    app.all([...at], (request, response) => {
+      response.set('allow', allowed);
       throw new ProblemError(
         'method_not_allowed',
         `${request.method} is not served at ${request.path}; see /openapi.json.`,
       );
-    },
-  );
+    });
+  }
   app.use(
     express.static(config.webDirectory, {
       setHeaders: (response, file) => {
@@ -158,6 +155,8 @@ export function createApp({ service, config, jobs, changes, storage }: AppDeps):
 
   /** Server-sent events: a snapshot, then every change; `Last-Event-ID` is the record's version. */
   async function streamEvents(request: Request, response: Response, id: string): Promise<void> {
+    // Gone while the job was read: its 'close' will not come again, and nobody would end the following.
+    if (response.destroyed) return;
     const gone = new AbortController();
     response.on('close', () => gone.abort());
     response.writeHead(200, {
@@ -165,11 +164,17 @@ export function createApp({ service, config, jobs, changes, storage }: AppDeps):
       'cache-control': 'no-store',
       'x-accel-buffering': 'no',
     });
+    if (request.method === 'HEAD') {
+      response.end();
+      return;
+    }
     response.write('retry: 1000\n\n');
     const seen = Number(request.headers['last-event-id'] ?? 0) || 0;
     const signal = AbortSignal.any([gone.signal, service.closing]);
     try {
       for await (const change of changes.follow(tenant, id, signal)) {
+        // A client that reads slowly is told less often, so that what it has not read does not pile up here.
+        if (response.writableNeedDrain) await once(response, 'drain', { signal });
         if (change === 'heartbeat') response.write(': heartbeat\n\n');
         else if ('fraction' in change) {
           response.write(
@@ -182,6 +187,7 @@ export function createApp({ service, config, jobs, changes, storage }: AppDeps):
         }
       }
     } catch (error) {
+      if (signal.aborted) return void response.end();
       // The client reconnects by itself, and gets a snapshot.
       service.log.warn({ err: error, jobId: id }, 'event stream ended');
     }
@@ -254,6 +260,7 @@ function answerProblem(service: Service): ErrorRequestHandler {
     }
     if (problem.details.retryAfter !== undefined)
       response.set('retry-after', String(problem.details.retryAfter));
+    if (problem.status === 401) response.set('www-authenticate', 'Bearer');
     response.status(problem.status).set('cache-control', 'no-store');
     response
       .type('application/problem+json')

@@ -5,7 +5,7 @@
  * and at every heartbeat, each follower reads its record again.
  */
 import type { JobRecord } from '@acousticsense/shared/job';
-import { changesChannel, type JobChange, type JobRecords } from '@acousticsense/shared/job-records';
+import { changesChannel, type JobRecords, parseJobChange } from '@acousticsense/shared/job-records';
 import { isFinished, type JobState } from '@acousticsense/shared/pipeline';
 import type { Redis } from 'ioredis';
 
@@ -38,7 +38,8 @@ export function createChanges(subscriber: Redis, records: JobRecords, heartbeatM
   const idOf = (tenant: string, jobId: string) => `${tenant}/${jobId}`;
 
   subscriber.on('message', (_channel, message) => {
-    const change = JSON.parse(message) as JobChange;
+    const change = parseJobChange(message);
+    if (change === undefined) return;
     for (const follower of followers.get(idOf(change.tenant, change.jobId)) ?? []) {
       if (change.fraction === undefined) follower.stale = true;
       else follower.progress = { stage: change.state, fraction: change.fraction };
@@ -91,11 +92,16 @@ export function createChanges(subscriber: Redis, records: JobRecords, heartbeatM
           yield progress;
         }
         if (follower.stale || follower.progress || signal.aborted) continue;
-        const beat = setTimeout(resolveWake, heartbeatMs);
-        const from = Date.now();
+        // Told by the timer itself: a clock that is set back, or a timer that is early by a fraction of a
+        // millisecond, would put off the reading by a whole heartbeat.
+        let silent = false;
+        const beat = setTimeout(() => {
+          silent = true;
+          resolveWake();
+        }, heartbeatMs);
         await woken;
         clearTimeout(beat);
-        if (Date.now() - from >= heartbeatMs && !signal.aborted) {
+        if (silent && !signal.aborted) {
           follower.stale = true;
           yield 'heartbeat';
         }

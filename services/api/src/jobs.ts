@@ -126,7 +126,8 @@ export function createJobs(deps: JobsDeps) {
   }
 
   async function present(record: JobRecord): Promise<JobResource> {
-    const model = await knownModel(redis, record.modelDigest);
+    // Labels are of a result only: a job that was just accepted is told even if Redis was lost since.
+    const model = record.outcome && (await knownModel(redis, record.modelDigest));
     return presentJob(record, model?.labels ?? []);
   }
 

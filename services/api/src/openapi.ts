@@ -30,7 +30,20 @@ function form(field: string): Record<string, unknown> {
   };
 }
 
+/** What any request may be told: the key, the host, the method, a part that is away. */
+const anyProblem = problem('Another problem; its `code` says which.');
+
 export function openApiDocument(): Record<string, unknown> {
+  const document = describeApi();
+  for (const operations of Object.values(document.paths)) {
+    for (const operation of Object.values(operations)) {
+      if ('responses' in operation) Object.assign(operation.responses, { default: anyProblem });
+    }
+  }
+  return document;
+}
+
+function describeApi() {
   return {
     openapi: '3.1.0',
     info: {
@@ -103,6 +116,7 @@ export function openApiDocument(): Record<string, unknown> {
               description: 'The picture.',
               content: { 'image/png': { schema: { type: 'string', format: 'binary' } } },
             },
+            400: problem('The scale cannot be used.'),
             404: problem('No such job, or no spectrogram.'),
             409: problem('Not decoded yet.'),
           },
@@ -123,7 +137,10 @@ export function openApiDocument(): Record<string, unknown> {
           responses: {
             200: json('Prediction', 'The likeliest genres.'),
             400: problem('The form cannot be used.'),
+            413: problem('The file is too large.'),
+            415: problem('Not multipart/form-data, or a container that is not supported.'),
             422: problem('The audio cannot be used.'),
+            503: problem('Nobody takes jobs at present.'),
             504: problem('Not ready in time.'),
           },
         },

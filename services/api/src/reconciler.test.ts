@@ -132,6 +132,32 @@ describe('the reconciler', () => {
     assert.equal(await queues.state('decode', again), 'waiting');
   });
 
+  test('leaves a job alone that went on between the two looks at it', async () => {
+    const record = await job('decoding');
+    const overtaken: Queues = {
+      ...queues,
+      // The decoder ends its job just after the record was read.
+      async state() {
+        await records.commit(
+          { tenant, jobId: record.id, generation: 1 },
+          { from: ['decoding'], to: 'decoded' },
+        );
+        return 'completed';
+      },
+    };
+    assert.equal(await reconciler({ queues: overtaken }).restoreQueueJobs(), 0);
+    const after = (await records.get(tenant, record.id))!;
+    assert.deepEqual([after.state, after.generation], ['decoded', 1]);
+  });
+
+  test('is not kept from the others by a record that cannot be read', async () => {
+    const damaged = await job('queued');
+    await redis.hset(`as:{${tenant}}:job:${damaged.id}`, 'selection', '{');
+    const record = await job('queued');
+    assert.equal(await reconciler().restoreQueueJobs(), 1);
+    assert.equal(await queues.state('decode', record), 'waiting');
+  });
+
   test('deletes objects without a record after a day, and not before', async () => {
     const old = audioKey(tenant, idAt(Date.now() - 26 * hour));
     const young = audioKey(tenant, idAt(Date.now() - 2 * hour));
@@ -161,6 +187,43 @@ describe('the reconciler', () => {
     await object(key, 31 * day);
     await reconciler().sweepObjects();
     assert.equal(await storage.stat(key), undefined);
+  });
+
+  test('comes back for audio whose upload went on over the full hour', async () => {
+    const done = await job('completed', Math.floor(Date.now() / hour) * hour - 24 * hour - 1);
+    const key = audioKey(tenant, done.id);
+    await object(key, 24 * hour - 5 * 60_000);
+    const now = Math.floor(Date.now() / hour) * hour + 1;
+    const sweep = (at: number) => reconciler().sweepObjects(at);
+    if (Date.now() - now < 5 * 60_000) await object(key, 23 * hour);
+    await sweep(now);
+    assert.ok(await storage.stat(key), 'it is not a day old');
+    await sweep(now + 3 * hour);
+    assert.equal(await storage.stat(key), undefined);
+  });
+
+  test('comes back for what a job left whose record outlived the last look', async () => {
+    const done = await job('completed', Date.now() - 31 * day - 2 * hour);
+    const key = spectrogramKey(tenant, done.id);
+    await object(key, 31 * day);
+    await reconciler().sweepObjects();
+    assert.ok(await storage.stat(key));
+    await records.remove(tenant, done.id);
+    await reconciler().sweepObjects(Date.now() + 2 * hour);
+    assert.equal(await storage.stat(key), undefined);
+    assert.equal(await redis.zcard('as:reconciler:late'), 0);
+  });
+
+  test('sweeps past a record that cannot be read, and keeps its objects', async () => {
+    const created = Date.now() - 26 * hour;
+    const damaged = await job('completed', created);
+    await redis.hset(`as:{${tenant}}:job:${damaged.id}`, 'selection', '{');
+    const orphan = audioKey(tenant, idAt(created));
+    await object(spectrogramKey(tenant, damaged.id), 26 * hour);
+    await object(orphan, 26 * hour);
+    assert.equal(await reconciler().sweepObjects(), 1);
+    assert.equal(await storage.stat(orphan), undefined);
+    await storage.delete(spectrogramKey(tenant, damaged.id));
   });
 
   test('deletes tensors past their retention', async () => {

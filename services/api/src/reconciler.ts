@@ -9,8 +9,8 @@
  * deletes too.
  */
 import { randomUUID } from 'node:crypto';
+import { InfrastructureFault } from '@acousticsense/shared/errors';
 import type { JobRecords } from '@acousticsense/shared/job-records';
-import { anyOpenState } from '@acousticsense/shared/job-records';
 import { hourPrefix, tensorPrefix } from '@acousticsense/shared/object-keys';
 import { isFinished, stageOf } from '@acousticsense/shared/pipeline';
 import type { Backlog, Queues } from '@acousticsense/shared/queues';
@@ -33,6 +33,8 @@ export interface ReconcilerDeps {
 }
 
 const leaseKey = 'as:reconciler:lease';
+/** Hours (epoch ms) in which something stayed past its time, by when to look again. */
+const lateKey = 'as:reconciler:late';
 const hour = 3_600_000;
 /** How long an object may lie without a record: an upload may take that long. */
 const orphanMs = 24 * hour;
@@ -53,7 +55,13 @@ export function createReconciler(deps: ReconcilerDeps) {
     let restored = 0;
     for (const tenant of await records.tenants()) {
       for (const jobId of await records.openSince(tenant, now - deps.reconcileAfterMs, 1_000)) {
-        restored += (await restore(tenant, jobId)) ? 1 : 0;
+        try {
+          restored += (await restore(tenant, jobId)) ? 1 : 0;
+        } catch (error) {
+          // One record that cannot be read (damaged, or of another version) must not keep the others waiting.
+          if (error instanceof InfrastructureFault) throw error;
+          log.error({ err: error, jobId }, 'record cannot be reconciled');
+        }
       }
     }
     return restored;
@@ -77,7 +85,8 @@ export function createReconciler(deps: ReconcilerDeps) {
     );
     const ref = { tenant, jobId, generation: record.generation };
     const raised = await records.commit(ref, {
-      from: anyOpenState,
+      // If it has gone on since it was read, the queue job that ended was not the last one.
+      from: [record.state],
       to: 'queued',
       raiseGeneration: true,
       clear: ['decoded'],
@@ -98,32 +107,55 @@ export function createReconciler(deps: ReconcilerDeps) {
       const until = Math.floor((now - age) / hour) * hour;
       const last = Number((await redis.get(cursorKey)) ?? until - lookBackMs);
       for (let time = last; time < until; time += hour) {
-        deleted += await sweepHour(new Date(time), now);
+        deleted += await sweepHour(time, now);
         await redis.set(cursorKey, time + hour);
       }
+    }
+    for (const time of await redis.zrangebyscore(lateKey, '-inf', now)) {
+      deleted += await sweepHour(Number(time), now);
     }
     return deleted + (await sweepTensors(now));
   }
 
-  async function sweepHour(time: Date, now: number): Promise<number> {
+  async function sweepHour(time: number, now: number): Promise<number> {
     let deleted = 0;
+    let late = false;
     const known = new Map<string, boolean | 'finished'>();
-    for await (const { key, lastModified } of storage.list(hourPrefix(time))) {
+    /** Whether every job of this hour is as old as that. */
+    const allOlderThan = (age: number) => now - (time + hour) >= age;
+    for await (const { key, lastModified } of storage.list(hourPrefix(new Date(time)))) {
       const [, , tenant, jobId, name] = key.split('/');
       if (!tenant || !jobId) continue;
-      if (!known.has(jobId)) {
-        const record = await records.get(tenant, jobId);
-        known.set(jobId, record ? (isFinished(record.state) ? 'finished' : true) : false);
-      }
+      if (!known.has(jobId)) known.set(jobId, await lookUp(tenant, jobId));
       const age = now - lastModified.getTime();
       const orphan = known.get(jobId) === false && age > orphanMs;
       const expired = known.get(jobId) === 'finished' && name === 'audio' && age > deps.audioRetentionMs;
       if (orphan || expired) {
         await storage.delete(key);
         deleted += 1;
+        continue;
       }
+      // Its time has come and it had to stay: an upload that went on over the full hour, a job that took long.
+      late ||=
+        (known.get(jobId) === false && allOlderThan(orphanMs)) ||
+        (name === 'audio' && allOlderThan(deps.audioRetentionMs)) ||
+        allOlderThan(deps.resultRetentionMs + hour);
     }
+    // The cursors never come back to this hour.
+    if (late) await redis.zadd(lateKey, now + hour, time);
+    else await redis.zrem(lateKey, time);
     return deleted;
+  }
+
+  async function lookUp(tenant: string, jobId: string): Promise<boolean | 'finished'> {
+    try {
+      const record = await records.get(tenant, jobId);
+      return record ? (isFinished(record.state) ? 'finished' : true) : false;
+    } catch (error) {
+      if (error instanceof InfrastructureFault) throw error;
+      // A record that cannot be read is a record: its objects stay until it expires.
+      return true;
+    }
   }
 
   async function sweepTensors(now: number): Promise<number> {

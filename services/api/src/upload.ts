@@ -118,7 +118,7 @@ export async function receiveUpload(request: IncomingMessage, target: UploadTarg
 }
 
 /** @throws {ProblemError} wrong_content_type: no boundary that can be used. */
-function openForm(request: IncomingMessage, maxBytes: number): Busboy {
+function openForm(request: IncomingMessage, maxBytes: number): InstanceType<typeof Busboy> {
   try {
     return new Busboy({
       headers: request.headers as BusboyHeaders,
@@ -166,7 +166,12 @@ async function store(
 export function displayName(filename: string | undefined): string {
   const last = (filename ?? '').split(/[/\\]/).at(-1) ?? '';
   // Well-formed: half a surrogate pair (a name sent as UTF-16) could not be written into a header.
-  const clean = [...last.toWellFormed().replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, ' ').trim()]
+  const clean = [
+    ...last
+      .toWellFormed()
+      .replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, ' ')
+      .trim(),
+  ]
     .slice(0, 255)
     .join('');
   return clean === '' || clean === '.' || clean === '..' ? 'unnamed' : clean;

@@ -22,6 +22,10 @@ await startService(
         service.log.info('work given back');
       });
     }
+    if (MODE === 'hanging-closer') {
+      // What a connection that waits for Redis does: it holds the process and never ends.
+      service.onClose('stuck', () => new Promise(() => setInterval(() => {}, 1_000)));
+    }
     if (MODE === 'failing-closer') {
       service.onClose('broken', () => {
         throw new Error('cannot close');

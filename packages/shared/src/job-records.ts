@@ -73,7 +73,7 @@ export interface JobRecords {
   /** Removes a finished record. */
   remove(tenant: string, jobId: string): Promise<void>;
   /** Open jobs whose record has not changed since `before` (epoch ms), oldest first. */
-  openSince(tenant: string, before: number, limit: number): Promise<string[]>;
+  openSince(tenant: string, before: number, limit: number, offset?: number): Promise<string[]>;
   countOpen(tenant: string): Promise<number>;
   tenants(): Promise<string[]>;
 }
@@ -192,8 +192,8 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
       );
     },
 
-    openSince: (tenant, before, limit) =>
-      withRedis(() => redis.zrangebyscore(keys.open(tenant), '-inf', before, 'LIMIT', 0, limit)),
+    openSince: (tenant, before, limit, offset = 0) =>
+      withRedis(() => redis.zrangebyscore(keys.open(tenant), '-inf', before, 'LIMIT', offset, limit)),
 
     countOpen: (tenant) => withRedis(() => redis.zcard(keys.open(tenant))),
 

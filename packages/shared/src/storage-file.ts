@@ -1,4 +1,5 @@
 /** Object storage in a directory: the embedded default, for one machine. */
+import { randomUUID } from 'node:crypto';
 import { createReadStream, createWriteStream } from 'node:fs';
 import { mkdir, open, opendir, rename, rm, rmdir, stat } from 'node:fs/promises';
 import path from 'node:path';
@@ -16,7 +17,6 @@ export function createFileStorage(url: URL): Storage {
     throw new StartupError(`STORAGE_URL ${url.href} needs three slashes: file:///absolute/directory.`);
   const root = path.resolve(fileURLToPath(url));
   const parts = path.join(root, partsDirectory);
-  let sequence = 0;
   void clearOldParts(parts).catch(() => {});
 
   function fileOf(key: string): string {
@@ -36,7 +36,7 @@ export function createFileStorage(url: URL): Storage {
     signal?.throwIfAborted();
     // The source may fail before the pipeline listens; it then finds the stream's stored error.
     if (body instanceof Readable) body.on('error', () => {});
-    const part = path.join(parts, `${process.pid}-${Date.now()}-${sequence++}`);
+    const part = path.join(parts, randomUUID());
     try {
       await onDisk(() => mkdir(parts, { recursive: true }));
       const source = body instanceof Uint8Array ? Readable.from([body]) : body;
@@ -46,6 +46,8 @@ export function createFileStorage(url: URL): Storage {
         const handle = await open(part, 'r+');
         await handle.sync().finally(() => handle.close());
         await renameInto(part, file);
+        const folder = await open(path.dirname(file));
+        await folder.sync().finally(() => folder.close());
       });
     } catch (error) {
       await rm(part, { force: true });

@@ -36,6 +36,7 @@ const leaseKey = 'as:reconciler:lease';
 /** Hours (epoch ms) in which something stayed past its time, by when to look again. */
 const lateKey = 'as:reconciler:late';
 const hour = 3_600_000;
+const page = 1_000;
 /** How long an object may lie without a record: an upload may take that long. */
 const orphanMs = 24 * hour;
 /** At the first start, hours further back than this are not looked through. */
@@ -54,7 +55,7 @@ export function createReconciler(deps: ReconcilerDeps) {
   async function restoreQueueJobs(now = Date.now()): Promise<number> {
     let restored = 0;
     for (const tenant of await records.tenants()) {
-      for (const jobId of await records.openSince(tenant, now - deps.reconcileAfterMs, 1_000)) {
+      for await (const jobId of openJobs(tenant, now - deps.reconcileAfterMs)) {
         try {
           restored += (await restore(tenant, jobId)) ? 1 : 0;
         } catch (error) {
@@ -65,6 +66,15 @@ export function createReconciler(deps: ReconcilerDeps) {
       }
     }
     return restored;
+  }
+
+  /** Page by page; a job that changes meanwhile moves behind, and one that is skipped for it comes up next time. */
+  async function* openJobs(tenant: string, before: number): AsyncGenerator<string> {
+    for (let offset = 0; ; offset += page) {
+      const jobs = await records.openSince(tenant, before, page, offset);
+      yield* jobs;
+      if (jobs.length < page) return;
+    }
   }
 
   async function restore(tenant: string, jobId: string): Promise<boolean> {

@@ -15,52 +15,74 @@ export function drawSpectrogram(image: Uint8Tensor, size: number): Uint8Array {
   const rows = resample(image.data, bands, frames, size);
   const rgb = new Uint8Array(size * size * 3);
   for (let y = 0; y < size; y += 1) {
-    const row = rows.subarray((size - 1 - y) * size, (size - y) * size);
-    for (let x = 0; x < size; x += 1)
-      rgb.set(colourMap.subarray(row[x]! * 3, row[x]! * 3 + 3), (y * size + x) * 3);
+    const row = (size - 1 - y) * size;
+    for (let x = 0; x < size; x += 1) {
+      const colour = rows[row + x]! * 3;
+      const at = (y * size + x) * 3;
+      rgb[at] = colourMap[colour]!;
+      rgb[at + 1] = colourMap[colour + 1]!;
+      rgb[at + 2] = colourMap[colour + 2]!;
+    }
   }
   return encode({ width: size, height: size, data: rgb, channels: 3, depth: 8 });
 }
 
 /** Separable: area average where the image shrinks, linear interpolation where it grows. */
 function resample(data: Uint8Array, height: number, width: number, size: number): Uint8Array {
-  const across = weights(width, size);
-  const down = weights(height, size);
   const wide = new Float32Array(height * size);
+  const across = createBlend(width, size);
   for (let y = 0; y < height; y += 1) {
     for (let x = 0; x < size; x += 1) {
       let sum = 0;
-      for (const [source, weight] of across[x]!) sum += data[y * width + source]! * weight;
+      for (let cell = across.first[x]!; cell < across.first[x + 1]!; cell += 1) {
+        sum += data[y * width + across.source[cell]!]! * across.weight[cell]!;
+      }
       wide[y * size + x] = sum;
     }
   }
   const out = new Uint8Array(size * size);
+  const down = createBlend(height, size);
+  const row = new Float32Array(size);
   for (let y = 0; y < size; y += 1) {
-    for (let x = 0; x < size; x += 1) {
-      let sum = 0;
-      for (const [source, weight] of down[y]!) sum += wide[source * size + x]! * weight;
-      out[y * size + x] = Math.round(sum);
+    row.fill(0.5);
+    for (let cell = down.first[y]!; cell < down.first[y + 1]!; cell += 1) {
+      const from = down.source[cell]! * size;
+      const weight = down.weight[cell]!;
+      for (let x = 0; x < size; x += 1) row[x]! += wide[from + x]! * weight;
     }
+    // Half was added above: cutting off rounds to nearest.
+    out.set(row, y * size);
   }
   return out;
 }
 
-/** For each of `to` cells, which of `from` cells it is made of; weights sum to 1. */
-function weights(from: number, to: number): [number, number][][] {
+interface Blend {
+  /** Cell n is made of the entries from first[n] to first[n + 1] of the other two; weights of a cell sum to 1. */
+  readonly first: Int32Array;
+  readonly source: Int32Array;
+  readonly weight: Float32Array;
+}
+
+function createBlend(from: number, to: number): Blend {
   const ratio = from / to;
   const reach = Math.max(1, ratio);
-  return Array.from({ length: to }, (_, index) => {
+  const first = new Int32Array(to + 1);
+  const source: number[] = [];
+  const weight: number[] = [];
+  for (let index = 0; index < to; index += 1) {
     const centre = (index + 0.5) * ratio - 0.5;
-    const cells: [number, number][] = [];
     let total = 0;
     for (let cell = Math.ceil(centre - reach); cell <= Math.floor(centre + reach); cell += 1) {
-      const weight = 1 - Math.abs(cell - centre) / reach;
-      if (weight <= 0) continue;
-      cells.push([Math.min(from - 1, Math.max(0, cell)), weight]);
-      total += weight;
+      const share = 1 - Math.abs(cell - centre) / reach;
+      if (share <= 0) continue;
+      source.push(Math.min(from - 1, Math.max(0, cell)));
+      weight.push(share);
+      total += share;
     }
-    return cells.map(([cell, weight]) => [cell, weight / total]);
-  });
+    for (let n = first[index]!; n < weight.length; n += 1) weight[n]! /= total;
+    first[index + 1] = weight.length;
+  }
+  return { first, source: Int32Array.from(source), weight: Float32Array.from(weight) };
 }
 
 /**

@@ -138,7 +138,7 @@ test('storage that fails is no fault of the audio', async () => {
   const { job, scratchDirectory } = await makeJob();
   const full = {
     ...storage,
-    put: () => Promise.reject(Object.assign(new Error('disk full'), { code: 'ENOSPC' })),
+    put: () => Promise.reject(new InfrastructureFault('storage', 'disk full')),
   };
   const queues = { add: () => Promise.reject(new Error('must not be reached')) };
   const stage = createDecodeStage({ storage: full, frontEnd, queues, profileHash, scratchDirectory });

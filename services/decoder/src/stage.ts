@@ -2,7 +2,7 @@
 import { createReadStream } from 'node:fs';
 import { mkdir, mkdtemp, readdir, rm } from 'node:fs/promises';
 import path from 'node:path';
-import { InfrastructureFault, ProblemError } from '@acousticsense/shared/errors';
+import { ProblemError } from '@acousticsense/shared/errors';
 import { type Decoded, type JobRecord, type Sidecar, sidecarSchema } from '@acousticsense/shared/job';
 import { spectrogramKey, tensorKey } from '@acousticsense/shared/object-keys';
 import type { Queues } from '@acousticsense/shared/queues';
@@ -91,8 +91,8 @@ export function createDecodeStage({
     signal: AbortSignal,
   ): Promise<DecodedAt | undefined> {
     const [tensor, picture] = await Promise.all([
-      fromStorage(() => storage.stat(`${key}.npy`)),
-      fromStorage(() => storage.stat(spectrogramKey(record.tenant, record.id))),
+      storage.stat(`${key}.npy`),
+      storage.stat(spectrogramKey(record.tenant, record.id)),
     ]);
     if (tensor === undefined || picture === undefined) return undefined;
     const sidecar = await readSidecar(`${key}.json`, signal);
@@ -105,7 +105,7 @@ export function createDecodeStage({
 
   async function readSidecar(key: string, signal: AbortSignal): Promise<Sidecar | undefined> {
     try {
-      const text = await fromStorage(() => storage.read(key, signal));
+      const text = await storage.read(key, signal);
       return sidecarSchema.safeParse(JSON.parse(text.toString('utf8'))).data;
     } catch (error) {
       if (error instanceof ObjectNotFound || error instanceof SyntaxError) return undefined;
@@ -115,7 +115,7 @@ export function createDecodeStage({
 
   async function fetchAudio(key: string, file: string, signal: AbortSignal): Promise<void> {
     try {
-      await fromStorage(() => toScratch(storage, key, file, signal));
+      await toScratch(storage, key, file, signal);
     } catch (error) {
       if (!(error instanceof ObjectNotFound)) throw error;
       throw new ProblemError(
@@ -134,25 +134,14 @@ export function createDecodeStage({
     signal: AbortSignal,
   ): Promise<void> {
     const { tensorFile, spectrogramFile, windows, input, warnings } = analysis;
-    await fromStorage(() =>
-      Promise.all([
-        storage.put(`${key}.npy`, createReadStream(tensorFile), signal),
-        storage.put(spectrogramKey(record.tenant, record.id), createReadStream(spectrogramFile), signal),
-      ]),
-    );
+    // Both settle before either's failure is told: nothing is written after the job has been cleaned up.
+    const puts = await Promise.allSettled([
+      storage.put(`${key}.npy`, createReadStream(tensorFile), signal),
+      storage.put(spectrogramKey(record.tenant, record.id), createReadStream(spectrogramFile), signal),
+    ]);
+    for (const put of puts) if (put.status === 'rejected') throw put.reason;
     const sidecar: Sidecar = { v: 1, frontEnd: frontEndVersion, profileHash, windows, input, warnings };
-    await fromStorage(() => storage.put(`${key}.json`, Buffer.from(JSON.stringify(sidecar)), signal));
-  }
-
-  /** Anything but a missing object or a cancel means that the storage (or the scratch disk) is away. */
-  async function fromStorage<T>(operation: () => Promise<T>): Promise<T> {
-    try {
-      return await operation();
-    } catch (error) {
-      if (error instanceof ObjectNotFound || (error instanceof Error && error.name === 'AbortError'))
-        throw error;
-      throw new InfrastructureFault('storage', `Storage cannot be used: ${(error as Error).message}`, error);
-    }
+    await storage.put(`${key}.json`, Buffer.from(JSON.stringify(sidecar)), signal);
   }
 }
 

@@ -221,8 +221,7 @@ def main() -> None:
         "calibration": {"method": "temperature", "temperature": temperature},
         "threshold": threshold,
         "accuracy": {
-            "split": "validation parts of GTZAN (fault-filtered, artist-separated) and "
-                     "FMA-small, one 30 s window a clip",
+            "split": "validation",
             "clips": overall["clips"],
             "top1": round(overall["top1"], 4), "top3": round(overall["top3"], 4),
             "meanRecall": round(overall["meanRecall"], 4),

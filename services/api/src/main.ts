@@ -15,11 +15,7 @@ await startService('api', () => (config = loadConfig(process.env)), wire);
 
 async function wire(service: Service): Promise<void> {
   const { log } = service;
-  const backends = openBackends(service, {
-    redisUrl: config.redisUrl,
-    storageUrl: config.storageUrl,
-    retention: { resultSeconds: Math.ceil(config.resultRetentionMs / 1_000), events: config.eventsKept },
-  });
+  const backends = openBackends(service, config);
   const { redis, storage, records, queues } = backends;
   const changes = createChanges(backends.connect(), records);
 

@@ -1,7 +1,6 @@
 /** Configuration of the inference service, from the environment. */
 import { availableParallelism } from 'node:os';
-import path from 'node:path';
-import { pathToFileURL } from 'node:url';
+import { readVariables, workerConfig, workerVariables } from '@acousticsense/shared/common-config';
 import { StartupError } from '@acousticsense/shared/errors';
 import { z } from 'zod';
 
@@ -9,24 +8,7 @@ const whole = (smallest: number, otherwise: number) =>
   z.coerce.number().int().min(smallest).default(otherwise);
 
 const schema = z.object({
-  /** Redis of the queues and records: redis://, rediss:// or unix://. */
-  REDIS_URL: z.string().default('redis://127.0.0.1:6379'),
-  /** Only for the default of STORAGE_URL. */
-  DATA_DIR: z.string().default('data'),
-  /** Object storage: file:///directory or s3://bucket/prefix; default: the directory `objects` in DATA_DIR. */
-  STORAGE_URL: z.string().optional(),
-  /** Directory of the model bundle. */
-  MODEL_URL: z.string().default(path.resolve(import.meta.dirname, '../../../models/default')),
-  /** Where /healthz, /readyz and /metrics are served; port 0 takes a free one. */
-  METRICS_HOST: z.string().default('127.0.0.1'),
-  METRICS_PORT: whole(0, 0),
-  LOG_LEVEL: z.enum(['trace', 'debug', 'info', 'warn', 'error', 'fatal']).default('info'),
-  /** Seconds that running jobs may take after SIGTERM before they are given back. */
-  DRAIN_SECONDS: z.coerce.number().positive().default(20),
-  /** How long a finished job's record is kept; the same for every service. */
-  RESULT_RETENTION_DAYS: z.coerce.number().positive().default(30),
-  /** About how many events a tenant's event stream keeps; the same for every service. */
-  EVENTS_KEPT: whole(1, 100_000),
+  ...workerVariables,
   /**
    * What the model runs on. `auto`: CUDA or WebGPU where this machine has them, else the CPU; a named one that
    * cannot be used falls back to the CPU, which the log, the metrics and every result say.
@@ -54,26 +36,12 @@ const schema = z.object({
  * @throws {StartupError} naming the variable.
  */
 export function loadConfig(env: NodeJS.ProcessEnv, cores = availableParallelism()) {
-  // A variable that is set to nothing (compose files do) means its default.
-  const given = Object.fromEntries(Object.entries(env).filter(([, value]) => value !== ''));
-  const parsed = schema.safeParse(given);
-  if (!parsed.success) {
-    const issue = parsed.error.issues[0]!;
-    throw new StartupError(`${issue.path.join('.')}: ${issue.message}.`);
-  }
-  const v = parsed.data;
+  const v = readVariables(schema, env);
   if (v.REQUIRE_GPU === '1' && v.PROVIDER === 'cpu') {
     throw new StartupError('REQUIRE_GPU=1 contradicts PROVIDER=cpu: set PROVIDER to auto, cuda or webgpu.');
   }
   return {
-    redisUrl: v.REDIS_URL,
-    storageUrl: v.STORAGE_URL ?? pathToFileURL(path.resolve(v.DATA_DIR, 'objects')).href,
-    modelUrl: v.MODEL_URL,
-    metricsHost: v.METRICS_HOST,
-    metricsPort: v.METRICS_PORT,
-    logLevel: v.LOG_LEVEL,
-    drainSeconds: v.DRAIN_SECONDS,
-    retention: { resultSeconds: Math.ceil(v.RESULT_RETENTION_DAYS * 24 * 3_600), events: v.EVENTS_KEPT },
+    ...workerConfig(v),
     provider: v.PROVIDER,
     requireGpu: v.REQUIRE_GPU === '1',
     threads: v.INFERENCE_THREADS ?? cores,

@@ -1,0 +1,70 @@
+/** The variables that every service reads alike, and how variables are read. */
+import path from 'node:path';
+import { pathToFileURL } from 'node:url';
+import { z } from 'zod';
+import type { BackendsConfig } from './backends.ts';
+import { StartupError } from './errors.ts';
+
+export const commonVariables = {
+  /** Redis of the queues and records: redis://, rediss:// or unix://. */
+  REDIS_URL: z.string().default('redis://127.0.0.1:6379'),
+  /** Only for the default of STORAGE_URL. */
+  DATA_DIR: z.string().default('data'),
+  /** Object storage: file:///directory or s3://bucket/prefix; default: the directory `objects` in DATA_DIR. */
+  STORAGE_URL: z.string().optional(),
+  /** How long a finished job's record is kept. */
+  RESULT_RETENTION_DAYS: z.coerce.number().positive().default(30),
+  /** About how many events a tenant's event stream keeps. */
+  EVENTS_KEPT: z.coerce.number().int().min(1).default(100_000),
+  LOG_LEVEL: z.enum(['trace', 'debug', 'info', 'warn', 'error', 'fatal']).default('info'),
+  /** Seconds that running work may take after SIGTERM before it is given back. */
+  DRAIN_SECONDS: z.coerce.number().positive().default(20),
+};
+
+export const workerVariables = {
+  ...commonVariables,
+  /** Directory of the model bundle; the decoder needs only its profile. */
+  MODEL_URL: z.string().default(path.resolve(import.meta.dirname, '../../../models/default')),
+  /** Where /healthz, /readyz and /metrics are served; port 0 takes a free one. */
+  METRICS_HOST: z.string().default('127.0.0.1'),
+  METRICS_PORT: z.coerce.number().int().min(0).max(65_535).default(0),
+};
+
+/**
+ * A variable that is set to nothing (compose files do that) means its default.
+ * @throws {StartupError} naming the variable.
+ */
+export function readVariables<T extends z.ZodType>(schema: T, env: NodeJS.ProcessEnv): z.infer<T> {
+  const given = Object.fromEntries(Object.entries(env).filter(([, value]) => value !== ''));
+  const parsed = schema.safeParse(given);
+  if (parsed.success) return parsed.data;
+  const issue = parsed.error.issues[0]!;
+  throw new StartupError(`${issue.path.join('.')}: ${issue.message}.`);
+}
+
+const common = z.object(commonVariables);
+const worker = z.object(workerVariables);
+
+export function commonConfig(
+  read: z.infer<typeof common>,
+): BackendsConfig & { logLevel: string; drainSeconds: number } {
+  return {
+    redisUrl: read.REDIS_URL,
+    storageUrl: read.STORAGE_URL ?? pathToFileURL(path.resolve(read.DATA_DIR, 'objects')).href,
+    retention: {
+      resultSeconds: Math.ceil(read.RESULT_RETENTION_DAYS * 24 * 3_600),
+      events: read.EVENTS_KEPT,
+    },
+    logLevel: read.LOG_LEVEL,
+    drainSeconds: read.DRAIN_SECONDS,
+  };
+}
+
+export function workerConfig(read: z.infer<typeof worker>) {
+  return {
+    ...commonConfig(read),
+    modelUrl: read.MODEL_URL,
+    metricsHost: read.METRICS_HOST,
+    metricsPort: read.METRICS_PORT,
+  };
+}

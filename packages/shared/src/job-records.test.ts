@@ -91,6 +91,12 @@ describe('the job record', () => {
     assert.deepEqual(await records.tenants(), [tenant]);
   });
 
+  test('a record of a newer version is read without the fields that are not known here', async () => {
+    const job = await jobIn('decoding');
+    await redis.hset(`as:{${tenant}}:job:${job.id}`, 'mood', 'blue');
+    assert.deepEqual(await records.get(tenant, job.id), job);
+  });
+
   test('creating the same job twice changes nothing, in whatever state it is', async () => {
     for (const state of jobStates) {
       const job = await jobIn(state);

@@ -79,7 +79,8 @@ export const timingsSchema = z.strictObject({
   inference: milliseconds.optional().describe('the batch that held the last window'),
 });
 
-export const jobRecordSchema = z.strictObject({
+/** Not strict: during a roll-out an older process reads the records of a newer one, without what it does not know. */
+export const jobRecordSchema = z.object({
   id: z.uuid(),
   tenant: z.string(),
   state: z.enum(jobStates),

@@ -19,31 +19,10 @@ import { parseNpy } from '@acousticsense/shared/tensor';
 import { loadConfig } from '../services/decoder/src/config.ts';
 import { createFfmpeg } from '../services/decoder/src/ffmpeg.ts';
 import { createFrontEnd } from '../services/decoder/src/front-end.ts';
+import { fineProfile } from '../services/decoder/src/testing/setup.ts';
 
 /** How the arrays were made; a window longer than any clip, so that one window holds all of it. */
-const profile: Profile = {
-  sampleRate: 22_050,
-  channels: 'mean',
-  resampler: 'soxr',
-  window: 'hann',
-  fftSize: 2048,
-  hopLength: 512,
-  centered: true,
-  padMode: 'zero',
-  power: 2,
-  melScale: 'slaney',
-  melNorm: 'slaney',
-  melBands: 128,
-  minHz: 0,
-  maxHz: 11_025,
-  reference: 'max',
-  scope: 'window',
-  floorDb: -80,
-  quantisation: 'linear-uint8',
-  windowFrames: 4096,
-  stepFrames: 4096,
-  shortInput: 'loop',
-};
+const profile: Profile = { ...fineProfile, windowFrames: 4096, stepFrames: 4096 };
 /** These FLACs drift in time against their arrays. */
 const drifting = new Set([
   ...[0, 2, 3, 4, 5, 6, 7, 9].map((number) => `country.0000${number}`),
@@ -54,7 +33,7 @@ const frameOf = (column: number) => Math.floor(((column + 0.5) * 1293) / 387.5);
 
 const [directory, melFile, namesFile] = process.argv.slice(2);
 if (directory === undefined || melFile === undefined || namesFile === undefined) {
-  console.error('usage: parity.ts <directory of FLACs> <mel.npy> <names.json>');
+  console.error('usage: npm run bench -- front-end-parity <directory of FLACs> <mel.npy> <names.json>');
   process.exit(2);
 }
 const stored = parseNpy(await readFile(melFile)).data;

@@ -3,10 +3,11 @@
  *
  *   npm run bench -- uploads-at-once [uploads]
  */
-import { readdir, readFile } from 'node:fs/promises';
+import { readFile } from 'node:fs/promises';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { song, wav } from '../test/audio.ts';
 import { followed, formOf, type Job, request } from '../test/client.ts';
+import { childrenOf } from '../test/processes.ts';
 import { startSystem } from '../test/system.ts';
 
 const count = Number(process.argv[2] ?? 200);
@@ -76,13 +77,4 @@ async function memory(): Promise<Record<string, number>> {
     }),
   );
   return Object.fromEntries(entries);
-}
-
-async function childrenOf(pid: number): Promise<number[]> {
-  const lists = await Promise.all(
-    (await readdir(`/proc/${pid}/task`)).map((task) =>
-      readFile(`/proc/${pid}/task/${task}/children`, 'utf8'),
-    ),
-  );
-  return lists.join(' ').trim().split(/\s+/).filter(Boolean).map(Number);
 }

@@ -3,13 +3,14 @@
  * each stage cancelled. A stage is held in mid-job by stopping (SIGSTOP) what it waits for.
  */
 import assert from 'node:assert/strict';
-import { readdir, readFile } from 'node:fs/promises';
+import { readdir } from 'node:fs/promises';
 import path from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { connectRedisForWorker } from '../packages/shared/src/redis.ts';
 import { sine, wav } from './audio.ts';
 import { finished, isFinished, type Job, jobWhen, request, serverSentEvents, upload } from './client.ts';
+import { childrenOf } from './processes.ts';
 import { type System, startSystem } from './system.ts';
 
 let seed = 0;
@@ -56,6 +57,12 @@ describe('a job', () => {
       (await readdir(objects, { recursive: true })).filter((name) => name.includes(`${id}/`));
     for (let n = 0; n < 100 && (await mine()).length > 0; n += 1) await sleep(50);
     assert.deepEqual(await mine(), []);
+  }
+
+  async function modelProcess(): Promise<number[]> {
+    const children = await childrenOf(system.pid('inference'));
+    assert.ok(children.length > 0, 'the inference service has a child');
+    return children;
   }
 
   /** Stops a process and its children for as long as `during` runs. */
@@ -113,7 +120,7 @@ describe('a job', () => {
 
     test('while the model runs stays cancelled', async () => {
       let id = '';
-      await held(await childrenOf(system.pid('inference')), async () => {
+      await held(await modelProcess(), async () => {
         id = (await upload(system.url, song())).id;
         await inState(id, 'classifying');
         await assertCancelled(id);
@@ -147,7 +154,7 @@ describe('a job', () => {
     });
 
     test('kill -9 of the inference service in mid-job', async () => {
-      const stopped = await childrenOf(system.pid('inference'));
+      const stopped = await modelProcess();
       let id = '';
       await held(stopped, async () => {
         id = (await upload(system.url, song())).id;
@@ -159,7 +166,7 @@ describe('a job', () => {
     });
 
     test("kill -9 of the model's process in mid-batch, which is restarted and counted", async () => {
-      const children = await childrenOf(system.pid('inference'));
+      const children = await modelProcess();
       let ids: string[] = [];
       await held(children, async () => {
         ids = await Promise.all(
@@ -183,7 +190,7 @@ describe('a job', () => {
 
     test('kill -9 of the API in mid-job, which then tells the result', async () => {
       let id = '';
-      await held(await childrenOf(system.pid('inference')), async () => {
+      await held(await modelProcess(), async () => {
         id = (await upload(system.url, song())).id;
         await inState(id, 'classifying');
         await system.kill('api');
@@ -194,7 +201,7 @@ describe('a job', () => {
 
     test('kill -9 of Redis in mid-job', async () => {
       let id = '';
-      await held(await childrenOf(system.pid('inference')), async () => {
+      await held(await modelProcess(), async () => {
         id = (await upload(system.url, song())).id;
         await inState(id, 'classifying');
         await system.redis.stop('SIGKILL');
@@ -299,14 +306,3 @@ test('a job whose queue job vanished is found by the reconciler and done', async
     (await system.log('api')).some((line) => line['jobId'] === id && /vanished/.test(String(line['msg']))),
   );
 });
-
-async function childrenOf(pid: number): Promise<number[]> {
-  const lists = await Promise.all(
-    (await readdir(`/proc/${pid}/task`)).map((task) =>
-      readFile(`/proc/${pid}/task/${task}/children`, 'utf8'),
-    ),
-  );
-  const children = lists.join(' ').trim().split(/\s+/).filter(Boolean).map(Number);
-  assert.ok(children.length > 0, 'the inference service has a child');
-  return children;
-}

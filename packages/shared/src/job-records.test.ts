@@ -3,6 +3,7 @@ import { randomUUIDv7 } from 'node:crypto';
 import { after, before, describe, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { Redis } from 'ioredis';
+import { type AcceptedJob, acceptedJob } from '../../../test/job.ts';
 import { startRedis, type TestRedis } from '../../../test/redis.ts';
 import { InfrastructureFault } from './errors.ts';
 import type { Decoded, JobRecord, Outcome } from './job.ts';
@@ -12,23 +13,12 @@ import { connectRedis, connectRedisForWorker } from './redis.ts';
 
 const tenant = 'acme';
 
-function draft(overrides: Partial<JobRecord> = {}): JobRecord {
-  return {
-    id: randomUUIDv7(),
+const draft = (overrides: Partial<AcceptedJob> = {}) =>
+  acceptedJob({
     tenant,
-    generation: 1,
-    createdAt: Date.now(),
-    traceparent: `00-${'a'.repeat(32)}-${'b'.repeat(16)}-01`,
-    modelDigest: 'd'.repeat(64),
-    modelName: 'm',
-    modelVersion: '1',
-    profileHash: 'p',
     audio: { key: 'k', size: 1, sha256: 's', filename: 'Ünïcode "quoted"\n😀.mp3' },
-    selection: { windows: 'middle', start: 0 },
-    presentation: { topK: 5, threshold: 0.5 },
     ...overrides,
-  } as JobRecord;
-}
+  });
 
 const decoded: Decoded = {
   contentId: 's',

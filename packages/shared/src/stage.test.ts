@@ -1,5 +1,4 @@
 import assert from 'node:assert/strict';
-import { randomUUIDv7 } from 'node:crypto';
 import { once } from 'node:events';
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
@@ -9,6 +8,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { pathToFileURL } from 'node:url';
 import { pino } from 'pino';
 import { Registry } from 'prom-client';
+import { acceptedJob } from '../../../test/job.ts';
 import { startRedis, type TestRedis } from '../../../test/redis.ts';
 import { type Backends, openBackends } from './backends.ts';
 import type { JobRecord } from './job.ts';
@@ -67,19 +67,7 @@ describe('a stage', () => {
   });
 
   async function accepted(): Promise<JobRecord> {
-    const record = {
-      id: randomUUIDv7(),
-      tenant,
-      generation: 1,
-      createdAt: Date.now(),
-      traceparent: `00-${'a'.repeat(32)}-${'b'.repeat(16)}-01`,
-      ...route,
-      modelName: 'm',
-      modelVersion: '1',
-      audio: { key: 'k', size: 1, sha256: 's', filename: 'f' },
-      selection: { windows: 'middle' as const, start: 0 },
-      presentation: { topK: 5, threshold: 0.5 },
-    };
+    const record = acceptedJob({ tenant, ...route });
     await backends.records.create(record);
     await backends.queues.add('decode', record);
     return (await backends.records.get(tenant, record.id))!;

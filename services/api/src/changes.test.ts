@@ -1,10 +1,10 @@
 import assert from 'node:assert/strict';
-import { randomUUIDv7 } from 'node:crypto';
 import { after, before, describe, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { changesChannel, createJobRecords, type JobRecords } from '@acousticsense/shared/job-records';
 import { connectRedisForWorker } from '@acousticsense/shared/redis';
 import type { Redis } from 'ioredis';
+import { acceptedJob } from '../../../test/job.ts';
 import { startRedis, type TestRedis } from '../../../test/redis.ts';
 import { createChanges } from './changes.ts';
 
@@ -29,22 +29,9 @@ describe('a follower', () => {
   });
 
   async function queued(): Promise<string> {
-    const id = randomUUIDv7();
-    await records.create({
-      id,
-      tenant,
-      generation: 1,
-      createdAt: Date.now(),
-      traceparent: 't',
-      modelDigest: 'd',
-      modelName: 'm',
-      modelVersion: '1',
-      profileHash: 'p',
-      audio: { key: 'k', size: 1, sha256: 's', filename: 'f' },
-      selection: { windows: 'middle', start: 0 },
-      presentation: { topK: 5, threshold: 0.5 },
-    });
-    return id;
+    const job = acceptedJob({ tenant });
+    await records.create(job);
+    return job.id;
   }
 
   test('hears the end of a job after messages that are none of ours', async (t) => {

@@ -15,6 +15,7 @@ import { connectRedisForWorker } from '@acousticsense/shared/redis';
 import type { Storage } from '@acousticsense/shared/storage';
 import type { Redis } from 'ioredis';
 import { pino } from 'pino';
+import { acceptedJob } from '../../../test/job.ts';
 import { startRedis, type TestRedis } from '../../../test/redis.ts';
 import { createReconciler } from './reconciler.ts';
 
@@ -68,20 +69,7 @@ describe('the reconciler', () => {
   }
 
   async function job(state: JobRecord['state'], createdAt = Date.now()): Promise<JobRecord> {
-    const record = {
-      id: idAt(createdAt),
-      tenant,
-      generation: 1,
-      createdAt,
-      traceparent: `00-${'a'.repeat(32)}-${'b'.repeat(16)}-01`,
-      modelDigest: 'd'.repeat(64),
-      modelName: 'm',
-      modelVersion: '1',
-      profileHash: 'p'.repeat(16),
-      audio: { key: 'k', size: 1, sha256: 's', filename: 'f' },
-      selection: { windows: 'middle' as const, start: 0 },
-      presentation: { topK: 5, threshold: 0.5 },
-    };
+    const record = acceptedJob({ tenant, id: idAt(createdAt), createdAt });
     await records.create(record);
     if (state !== 'queued') {
       await records.commit({ tenant, jobId: record.id, generation: 1 }, { from: ['queued'], to: state });

@@ -42,6 +42,9 @@ const orphanMs = 24 * hour;
 /** At the first start, hours further back than this are not looked through. */
 const lookBackMs = 7 * 24 * hour;
 
+/** What there is of an object's job. */
+type Found = 'none' | 'open' | 'finished';
+
 export type Reconciler = ReturnType<typeof createReconciler>;
 
 export function createReconciler(deps: ReconcilerDeps) {
@@ -130,7 +133,7 @@ export function createReconciler(deps: ReconcilerDeps) {
   async function sweepHour(time: number, now: number): Promise<number> {
     let deleted = 0;
     let late = false;
-    const known = new Map<string, boolean | 'finished'>();
+    const known = new Map<string, Found>();
     /** Whether every job of this hour is as old as that. */
     const allOlderThan = (age: number) => now - (time + hour) >= age;
     for await (const { key, lastModified } of storage.list(hourPrefix(new Date(time)))) {
@@ -138,7 +141,7 @@ export function createReconciler(deps: ReconcilerDeps) {
       if (!tenant || !jobId) continue;
       if (!known.has(jobId)) known.set(jobId, await lookUp(tenant, jobId));
       const age = now - lastModified.getTime();
-      const orphan = known.get(jobId) === false && age > orphanMs;
+      const orphan = known.get(jobId) === 'none' && age > orphanMs;
       const expired = known.get(jobId) === 'finished' && name === 'audio' && age > deps.audioRetentionMs;
       if (orphan || expired) {
         await storage.delete(key);
@@ -147,7 +150,7 @@ export function createReconciler(deps: ReconcilerDeps) {
       }
       // Its time has come and it had to stay: an upload that went on over the full hour, a job that took long.
       late ||=
-        (known.get(jobId) === false && allOlderThan(orphanMs)) ||
+        (known.get(jobId) === 'none' && allOlderThan(orphanMs)) ||
         (name === 'audio' && allOlderThan(deps.audioRetentionMs)) ||
         allOlderThan(deps.resultRetentionMs + hour);
     }
@@ -157,14 +160,15 @@ export function createReconciler(deps: ReconcilerDeps) {
     return deleted;
   }
 
-  async function lookUp(tenant: string, jobId: string): Promise<boolean | 'finished'> {
+  async function lookUp(tenant: string, jobId: string): Promise<Found> {
     try {
       const record = await records.get(tenant, jobId);
-      return record ? (isFinished(record.state) ? 'finished' : true) : false;
+      if (!record) return 'none';
+      return isFinished(record.state) ? 'finished' : 'open';
     } catch (error) {
       if (error instanceof InfrastructureFault) throw error;
       // A record that cannot be read is a record: its objects stay until it expires.
-      return true;
+      return 'open';
     }
   }
 

@@ -2,7 +2,7 @@ import assert from 'node:assert/strict';
 import { type ChildProcess, fork } from 'node:child_process';
 import { once } from 'node:events';
 import { existsSync } from 'node:fs';
-import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises';
+import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { after, before, describe, test } from 'node:test';
@@ -13,6 +13,7 @@ import { openStorage } from '@acousticsense/shared/open-storage';
 import { createQueues } from '@acousticsense/shared/queues';
 import { connectRedisForWorker } from '@acousticsense/shared/redis';
 import { knownModel, liveWorkers } from '@acousticsense/shared/serving';
+import { childrenOf } from '../../../test/processes.ts';
 import { startRedis, type TestRedis } from '../../../test/redis.ts';
 import { addDecodedJob, settled } from './testing/decoded-job.ts';
 import { windowOf, writeMeansBundle } from './testing/means-model.ts';
@@ -141,15 +142,3 @@ describe('the inference service as a process', () => {
     }
   });
 });
-
-async function childrenOf(pid: number): Promise<number[]> {
-  const children: number[] = [];
-  for (const name of await readdir('/proc')) {
-    if (!/^\d+$/.test(name)) continue;
-    const stat = await readFile(`/proc/${name}/stat`, 'utf8').catch(() => '');
-    // proc(5): pid (comm) state ppid; the command may hold anything.
-    const parent = stat.slice(stat.lastIndexOf(')') + 2).split(' ')[1];
-    if (Number(parent) === pid) children.push(Number(name));
-  }
-  return children;
-}

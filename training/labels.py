@@ -10,6 +10,9 @@ from __future__ import annotations
 import ast
 from typing import Final, Optional
 
+import numpy as np
+import numpy.typing as npt
+
 LABELS: Final[tuple[str, ...]] = (
     "Blues",
     "Classical",
@@ -52,6 +55,28 @@ _GTZAN: Final[dict[str, str]] = {
 _LATIN: Final[frozenset[str]] = frozenset(
     {"Latin America", "Latin", "Brazilian", "Flamenco", "Spanish", "Cumbia", "Salsa", "Tango"}
 )
+
+
+TAGS: Final[tuple[str, ...]] = (
+    "Instrumental", "International", "Experimental", "Pop", "Rock", "Folk", "Electronic",
+    "Hip-Hop", "Soundtrack", "Experimental Pop", "Punk", "Singer-Songwriter", "Reggae - Dub",
+    "House", "Balkan", "Ambient", "Indie-Rock", "Avant-Garde", "Garage", "Rap", "Noise",
+    "Chip Music", "Europe", "Dubstep", "Ambient Electronic", "Synth Pop", "Techno", "Dance",
+    "Chill-out", "Chiptune", "Metal", "Alternative Hip-Hop", "Power-Pop", "Electroacoustic",
+    "Unclassifiable", "Hip-Hop Beats", "Middle East", "Surf", "Field Recordings",
+    "Sound Collage", "Post-Rock", "New Age", "Hardcore", "Drum & Bass", "Post-Punk", "Drone",
+    "Novelty", "African", "Audio Collage", "Latin America", "Minimalism", "Trip-Hop",
+    "Psych-Folk", "Improv",
+)
+"""FMA's tags that 50 training clips or more carry, commonest first. The network learns
+to name them beside the genre, and only while training: a clip tagged ``Balkan`` says
+more than ``World``, and the clips without a target genre have tags too."""
+
+
+def tags_of(subgenres: str) -> npt.NDArray[np.float32]:
+    """float32 [len(TAGS)], 1 for each tag in FMA's list (written as a Python literal)."""
+    names = {str(name) for name in ast.literal_eval(subgenres)}
+    return np.array([tag in names for tag in TAGS], dtype=np.float32)
 
 
 def from_gtzan(genre: str) -> str:

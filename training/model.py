@@ -30,6 +30,7 @@ class ModelConfig:
     """Everything that fixes the network's shape."""
 
     classes: int = 15
+    tags: int = 0
     dim: int = 192
     depth: int = 4
     heads: int = 4
@@ -260,6 +261,8 @@ class GenreViT(nn.Module):
         self.pool = nn.Linear(2 * dim + width, dim)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(dim, config.classes)
+        # Only for training: names FMA's tags (labels.TAGS) from the same features.
+        self.tag_head = nn.Linear(dim, config.tags) if config.tags else None
         # Only for training: classifiers on the stem and on the statistics alone.
         # They get both to useful features within the first epochs, whatever the
         # other does, and are left out of the export.
@@ -332,14 +335,17 @@ class GenreViT(nn.Module):
         pooled, _, _ = self.features(windows.float() / 255.0)
         return self.head(F.gelu(pooled))
 
-    def training_logits(self, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def training_logits(self, windows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Prepared windows -> logits of the network, of the stem alone and of the
-        statistics alone, each [n, classes]."""
+        statistics alone, each [n, classes], and of the tags [n, tags]."""
         pooled, stem, summary = self.features(windows.float() / 255.0)
+        features = self.dropout(F.gelu(pooled))
+        tags = features[:, :0] if self.tag_head is None else self.tag_head(features)
         return (
-            self.head(self.dropout(F.gelu(pooled))),
+            self.head(features),
             self.stem_head(self.dropout(stem.mean(dim=(2, 3)))),
             self.statistics_head(self.dropout(summary)),
+            tags,
         )
 
 
@@ -348,5 +354,5 @@ def count_parameters(model: nn.Module) -> int:
     return sum(
         p.numel()
         for name, p in model.named_parameters()
-        if not name.startswith(("stem_head", "statistics_head"))
+        if not name.startswith(("stem_head", "statistics_head", "tag_head"))
     )

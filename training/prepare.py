@@ -61,11 +61,14 @@ class Clips:
     mel axis; GTZAN has 387 columns (77.5 ms), FMA 128 (234 ms).
     ``label``: int64 [n], -1 where the clip has no target genre.
     ``source``: int64 [n], ``GTZAN`` or ``FMA``.
+    ``tags``: float32 [n, len(labels.TAGS)], 1 where an FMA clip carries the tag; GTZAN
+    clips carry none, which says nothing about them.
     """
 
     db: list[npt.NDArray[np.float16]]
     label: I64
     source: I64
+    tags: F32
 
     def __len__(self) -> int:
         return len(self.db)
@@ -73,7 +76,13 @@ class Clips:
     def labelled(self) -> "Clips":
         """Only the clips with a target genre."""
         keep = np.flatnonzero(self.label >= 0)
-        return Clips([self.db[i] for i in keep], self.label[keep], self.source[keep])
+        return self.take(keep)
+
+    def take(self, index: I64) -> "Clips":
+        """The clips at ``index``."""
+        return Clips(
+            [self.db[i] for i in index], self.label[index], self.source[index], self.tags[index]
+        )
 
 
 def slaney_mel(hz: F32) -> F32:
@@ -159,12 +168,14 @@ def load_split(data_dir: Path, split: str) -> Clips:
     db: list[npt.NDArray[np.float16]] = []
     label: list[int] = []
     source: list[int] = []
+    tags: list[F32] = []
 
     with np.load(data_dir / f"gtzan-{split}.npz") as z:
         for genre, mel in zip(z["genre"], z["mel"]):
             db.append(smear(_undo_stretch(mel)).astype(np.float16))
             label.append(labels.INDEX[labels.from_gtzan(str(genre))])
             source.append(GTZAN)
+            tags.append(np.zeros(len(labels.TAGS), dtype=np.float32))
 
     with np.load(data_dir / f"fma-{split}.npz") as z:
         for genre, subgenres, mel in zip(z["genre"], z["subgenres"], z["mel"]):
@@ -174,8 +185,11 @@ def load_split(data_dir: Path, split: str) -> Clips:
             db.append(fma_array_view(mel).astype(np.float16))
             label.append(-1 if name is None else labels.INDEX[name])
             source.append(FMA)
+            tags.append(labels.tags_of(str(subgenres)))
 
-    return Clips(db, np.array(label, dtype=np.int64), np.array(source, dtype=np.int64))
+    return Clips(
+        db, np.array(label, dtype=np.int64), np.array(source, dtype=np.int64), np.stack(tags)
+    )
 
 
 def frames_in(seconds: float) -> int:
@@ -351,10 +365,13 @@ def augment(db: Tensor, g: torch.Generator) -> Tensor:
     return torch.minimum(db, -cap)
 
 
-def mix(db: Tensor, target: Tensor, g: torch.Generator, p: float) -> tuple[Tensor, Tensor]:
+def mix(
+    db: Tensor, target: Tensor, g: torch.Generator, p: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mixup in decibels, or two songs one after the other, each for half of the
     ``p`` share. ``db`` [n, 128, 128] referenced to its own maximum; ``target``
-    float32 [n, classes]."""
+    float32 [n, classes]. Third comes the index of each window's partner: its own
+    where nothing was mixed in."""
     n = db.shape[0]
     other = torch.randperm(n, generator=g)
     a = torch.rand(n, 1, 1, generator=g)
@@ -370,7 +387,23 @@ def mix(db: Tensor, target: Tensor, g: torch.Generator, p: float) -> tuple[Tenso
         splice, torch.where(inside, db, db[other]), lam * db + (1 - lam) * db[other]
     )
     weight = torch.where(use, lam, torch.ones_like(lam)).view(n, 1)
-    return torch.where(use, mixed, db), weight * target + (1 - weight) * target[other]
+    partner = torch.where(use.view(n), other, torch.arange(n))
+    return torch.where(use, mixed, db), weight * target + (1 - weight) * target[other], partner
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one training step sees.
+
+    ``windows``: uint8 [n, 128, 128]. ``genre``: soft targets [n, 15], all zero (no
+    loss) for clips without a target genre. ``tags``: soft targets [n, tags].
+    ``tagged``: [n, 1], 1 where the tags of all that was mixed are known.
+    """
+
+    windows: Tensor
+    genre: Tensor
+    tags: Tensor
+    tagged: Tensor
 
 
 def training_batches(
@@ -381,24 +414,32 @@ def training_batches(
     seed: int,
     balance: float,
     mix_share: float,
+    unlabelled_share: float,
     full_share: float = 0.5,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """``count`` batches of (windows uint8 [batch, 128, 128], soft targets [batch, c]).
+) -> Iterator[Batch]:
+    """``count`` batches drawn from ``clips``, whose soft genre targets are ``targets``.
 
     Clips are drawn with a chance proportional to (clips of the genre)^(balance-1):
-    1 keeps the data's imbalance of 15 to 1, 0 makes every genre equally likely.
+    1 keeps the data's imbalance of 15 to 1, 0 makes every genre equally likely. Clips
+    without a genre make up ``unlabelled_share`` of a batch: their tags teach too.
     """
     rng = np.random.default_rng(seed)
     g = torch.Generator().manual_seed(seed)
-    size = np.bincount(clips.label, minlength=targets.shape[1])
-    chance = size[clips.label] ** (balance - 1.0)
+    known = clips.label >= 0
+    size = np.bincount(clips.label[known], minlength=targets.shape[1]).astype(np.float64)
+    chance = np.where(known, size[clips.label] ** (balance - 1.0), 0.0)
     chance = chance / chance.sum()
+    if (~known).any():
+        chance = chance * (1.0 - unlabelled_share) + ~known * (unlabelled_share / (~known).sum())
+    both = np.concatenate([targets, clips.tags], axis=1)
+    classes = targets.shape[1]
     for _ in range(count):
         pick = rng.choice(len(clips), size=batch, p=chance)
         db = np.stack([random_view(clips.db[i], rng, full_share) for i in pick])
         x = augment(torch.from_numpy(db), g)
         x = (x - x.amax(dim=(1, 2), keepdim=True)).clamp(min=FLOOR_DB)
-        x, y = mix(x, torch.from_numpy(targets[pick]), g, mix_share)
+        x, y, partner = mix(x, torch.from_numpy(both[pick]), g, mix_share)
         x = _mask(x, 1, 20, 0.3, g)
         x = _mask(x, 2, 32, 0.3, g)
-        yield quantise(x, dither=True), y
+        fma = torch.from_numpy((clips.source[pick] == FMA).astype(np.float32)).view(-1, 1)
+        yield Batch(quantise(x, dither=True), y[:, :classes], y[:, classes:], fma * fma[partner])

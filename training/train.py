@@ -42,7 +42,11 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, object]]:
     p.add_argument("--weight-decay", type=float, default=0.05)
     p.add_argument("--smoothing", type=float, default=0.1)
     p.add_argument("--mix", type=float, default=0.5, help="share of mixed windows")
-    p.add_argument("--balance", type=float, default=0.5, help="1: as the data, 0: genres equal")
+    p.add_argument("--tags", type=float, default=0.05,
+                   help="weight of the loss on FMA's tags (0: neither tags nor clips without a genre)")
+    p.add_argument("--unlabelled", type=float, default=0.15,
+                   help="share of clips that have tags but no target genre")
+    p.add_argument("--balance", type=float, default=0.25, help="1: as the data, 0: genres equal")
     p.add_argument("--average", type=float, default=0.998, help="weight averaging per step")
     p.add_argument("--depth", type=int, default=ModelConfig.depth)
     p.add_argument("--teacher-share", type=float, default=0.5,
@@ -133,7 +137,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
-    train = prepare.load_split(args.data, "train").labelled()
+    every = prepare.load_split(args.data, "train")
+    train = every.labelled()
     valid = prepare.load_split(args.data, "valid").labelled()
     valid_windows = prepare.plain_windows(valid)
 
@@ -143,10 +148,15 @@ def main() -> None:
     if args.teacher_share > 0:
         soft = teacher.soft_targets(train)
         targets = args.teacher_share * soft + (1 - args.teacher_share) * targets
+    used, used_targets = train, targets
+    if args.tags > 0:
+        used = every
+        used_targets = np.zeros((len(every), classes), dtype=np.float32)
+        used_targets[every.label >= 0] = targets
 
     sample = prepare.plain_windows(train).float() / 255.0
     config = replace(
-        ModelConfig(), depth=args.depth,
+        ModelConfig(), depth=args.depth, tags=len(labels.TAGS) if args.tags > 0 else 0,
         mean=round(float(sample.mean()), 4), std=round(float(sample.std()), 4),
     )
     del sample
@@ -177,12 +187,12 @@ def main() -> None:
         loss_sum = 0.0
         taken = 0
         batches = prepare.training_batches(
-            train, targets, args.batch, steps, args.seed * 10_000 + epoch,
-            args.balance, args.mix,
+            used, used_targets, args.batch, steps, args.seed * 10_000 + epoch,
+            args.balance, args.mix, args.unlabelled,
         )
         ended = time.time()
         threads.before(0)
-        for x, y in batches:
+        for batch in batches:
             # Progress is steps, or time where a limit is set and nearer: on a
             # shared machine the schedule still ends where it should.
             done = (epoch * steps + taken) / (args.epochs * steps)
@@ -195,12 +205,20 @@ def main() -> None:
             for group in optimiser.param_groups:
                 group["lr"] = rate
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not args.float32):
-                answers = model.training_logits(x)
+                *answers, tags = model.training_logits(batch.windows)
+            # A clip without a genre has an all-zero target, and so no loss here.
             loss, stem_loss, statistics_loss = (
-                -(y * F.log_softmax(z.float(), dim=1)).sum(dim=1).mean() for z in answers
+                -(batch.genre * F.log_softmax(z.float(), dim=1)).sum(dim=1).mean()
+                for z in answers
             )
+            total = loss + 0.3 * stem_loss + 0.3 * statistics_loss
+            if args.tags > 0:
+                each = F.binary_cross_entropy_with_logits(
+                    tags.float(), batch.tags, reduction="none"
+                )
+                total = total + args.tags * (each * batch.tagged).sum(dim=1).mean()
             optimiser.zero_grad(set_to_none=True)
-            (loss + 0.3 * stem_loss + 0.3 * statistics_loss).backward()
+            total.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             average.update(model)

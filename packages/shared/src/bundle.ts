@@ -12,6 +12,7 @@ import { pipeline } from 'node:stream/promises';
 import { fileURLToPath } from 'node:url';
 import { z } from 'zod';
 import { StartupError } from './errors.ts';
+import { windowChoiceSchema } from './job.ts';
 
 /**
  * Everything that decides which numbers the decoder writes into a tensor. Two profiles with the same hash
@@ -34,10 +35,20 @@ export const profileSchema = z.strictObject({
   maxHz: z.number().positive(),
   reference: z.enum(['max']).describe('what 0 dB is'),
   scope: z.enum(['window', 'track']).describe('where the reference is taken from'),
-  floorDb: z.number().negative().describe('decibels under the reference that become 0'),
-  quantisation: z.enum(['linear-uint8']).describe('0 = floor, 255 = reference, rounded to nearest'),
+  floorDb: z.number().negative().describe('decibels under the reference where the range ends'),
+  stretch: z
+    .enum(['none', 'window'])
+    .describe("none: 0 is the floor, 255 the reference; window: the window's own least and greatest cell"),
+  quantisation: z
+    .enum(['linear-uint8', 'matplotlib-uint8'])
+    .describe(
+      'linear: rounded to nearest of 255 steps; matplotlib: floor of 256 equal steps, the top one closed',
+    ),
   windowFrames: z.int().min(8).max(4096),
   stepFrames: z.int().min(1).max(4096),
+  placement: z
+    .enum(['anchored', 'centred'])
+    .describe('of `all` windows: the last one ends with the audio, or as many as fit, both ends cut alike'),
   shortInput: z.enum(['loop']).describe('audio shorter than a window is repeated in the mel domain'),
 });
 export type Profile = z.infer<typeof profileSchema>;
@@ -46,12 +57,27 @@ const sha256Hex = z.string().regex(/^[0-9a-f]{64}$/);
 const tensorShape = z.array(z.union([z.literal('batch'), z.int().positive()]));
 const outputSchema = z.strictObject({ name: z.string(), shape: tensorShape });
 
-const accuracySchema = z.looseObject({
+export const accuracySchema = z.looseObject({
   split: z.string(),
   clips: z.int(),
   top1: z.number(),
   top3: z.number(),
   meanRecall: z.number(),
+});
+
+/** Of the answers whose confidence lay in [from, to): how many there were, how many of them were right. */
+export const reliabilitySchema = z.array(
+  z.strictObject({ from: z.number(), to: z.number(), clips: z.int(), right: z.int() }),
+);
+
+const calibrationSchema = z.strictObject({
+  method: z.literal('temperature'),
+  temperature: z.number().positive(),
+  data: z.string().describe('what it was fitted on'),
+  clips: z.int(),
+  eceBefore: z.number().describe('expected calibration error, 15 equal-width bins'),
+  ece: z.number(),
+  reliability: reliabilitySchema.describe('of one window a clip, after calibration'),
 });
 
 export const manifestSchema = z.strictObject({
@@ -64,25 +90,39 @@ export const manifestSchema = z.strictObject({
     .array(z.string().min(1))
     .min(2)
     .refine((all) => new Set(all).size === all.length, 'labels repeat'),
-  taxonomy: z.record(z.string(), z.array(z.string())).optional(),
+  taxonomy: z.record(z.string(), z.array(z.string())).optional().describe('families, each with its labels'),
+  missing: z
+    .array(z.strictObject({ label: z.string(), reason: z.string() }))
+    .optional()
+    .describe('genres that a user may look for in vain, and why'),
   profile: profileSchema,
   graph: z.strictObject({
     file: z.string(),
     input: z.strictObject({ name: z.string(), shape: tensorShape, type: z.literal('uint8') }),
-    outputs: z.strictObject({ logits: outputSchema, embedding: outputSchema.optional() }),
+    outputs: z.strictObject({
+      logits: outputSchema,
+      embedding: outputSchema.optional().describe('[batch, size], unit length'),
+      outlier: outputSchema
+        .optional()
+        .describe('[batch]: the higher, the less like the music it was trained on'),
+    }),
+    explain: z
+      .strictObject({ file: z.string(), output: outputSchema })
+      .optional()
+      .describe('the same weights and input; attention rolled out to [batch, rows, columns], row 0 lowest'),
+    precision: z.enum(['fp32', 'fp16', 'int8']),
     imageSize: z.int(),
     colour: z.string(),
     resize: z.string(),
     mean: z.array(z.number()),
     std: z.array(z.number()),
   }),
+  windows: windowChoiceSchema.describe('analysed when the caller does not say'),
   aggregation: z.enum(['mean', 'vote']),
-  calibration: z.union([
-    z.literal('none'),
-    z.strictObject({ method: z.literal('temperature'), temperature: z.number().positive() }),
-  ]),
-  threshold: z.number().min(0).max(1),
-  accuracy: accuracySchema,
+  calibration: z.union([z.literal('none'), calibrationSchema]),
+  threshold: z.number().min(0).max(1).describe('below this confidence an answer is `uncertain`'),
+  outlierThreshold: z.number().optional().describe('above this outlier score too'),
+  accuracy: z.union([z.literal('none'), accuracySchema]),
   selfTest: z.strictObject({ input: z.string(), output: z.string(), tolerance: z.number().positive() }),
   files: z.record(z.string(), sha256Hex),
 });
@@ -129,7 +169,8 @@ export async function loadBundle(location: string, { verifyFiles = true } = {}):
   }
   const manifest = parseManifest(text.toString('utf8'), manifestPath);
   checkShapes(manifest, manifestPath);
-  const named = [manifest.graph.file, manifest.selfTest.input, manifest.selfTest.output];
+  const { graph, selfTest } = manifest;
+  const named = [graph.file, selfTest.input, selfTest.output, ...(graph.explain ? [graph.explain.file] : [])];
   for (const file of named) {
     if (!(file in manifest.files))
       throw new StartupError(`${manifestPath}: "files" has no SHA-256 for ${file}.`);
@@ -159,7 +200,19 @@ function parseManifest(text: string, manifestPath: string): Manifest {
   throw new StartupError(`${manifestPath}: ${issue.path.join('.') || 'the manifest'}: ${issue.message}.`);
 }
 
-function checkShapes({ graph, labels, profile }: Manifest, manifestPath: string): void {
+function checkShapes(manifest: Manifest, manifestPath: string): void {
+  const { graph, labels, profile, taxonomy = {}, outlierThreshold } = manifest;
+  const { embedding, outlier } = graph.outputs;
+  const stranger = Object.values(taxonomy)
+    .flat()
+    .find((label) => !labels.includes(label));
+  if (stranger !== undefined)
+    throw new StartupError(`${manifestPath}: taxonomy names ${stranger}, which is no label.`);
+  if ((outlier === undefined) !== (outlierThreshold === undefined))
+    throw new StartupError(`${manifestPath}: an outlier output needs outlierThreshold, and the reverse.`);
+  checkRank('outputs.embedding', embedding?.shape, 2, manifestPath);
+  checkRank('outputs.outlier', outlier?.shape, 1, manifestPath);
+  checkRank('explain.output', graph.explain?.output.shape, 3, manifestPath);
   const { windowFrames, melBands, stepFrames, maxHz, sampleRate } = profile;
   const expectedInput = JSON.stringify(['batch', melBands, windowFrames]);
   if (JSON.stringify(graph.input.shape) !== expectedInput) {
@@ -176,6 +229,13 @@ function checkShapes({ graph, labels, profile }: Manifest, manifestPath: string)
     throw new StartupError(`${manifestPath}: stepFrames is larger than windowFrames.`);
   if (maxHz > sampleRate / 2)
     throw new StartupError(`${manifestPath}: maxHz lies above half the sample rate.`);
+}
+
+function checkRank(name: string, shape: unknown[] | undefined, rank: number, manifestPath: string): void {
+  if (shape === undefined || (shape.length === rank && shape[0] === 'batch')) return;
+  throw new StartupError(
+    `${manifestPath}: graph.${name} has shape ${JSON.stringify(shape)}: it must be ${rank} sides, the first "batch".`,
+  );
 }
 
 async function verifyFile(directory: string, file: string, expected: string): Promise<void> {

@@ -64,9 +64,51 @@ export const outcomeSchema = z.strictObject({
     .nullable()
     .describe('aggregate over the windows that are not silent, in label order; null when all are silent'),
   windows: z.array(z.array(z.number()).nullable()).describe('per window, in label order; null when silent'),
+  outliers: z
+    .array(z.number().nullable())
+    .optional()
+    .describe('per window, how little it is like the music that the model was trained on; null when silent'),
   provider: z.string().describe('the execution provider that really ran'),
 });
 export type Outcome = z.infer<typeof outcomeSchema>;
+
+const span = { start: z.number().describe('seconds'), end: z.number() };
+
+/** What the model looked at: an object in storage, written when the job asks for it. */
+export const explanationSchema = z.strictObject({
+  v: z.literal(1),
+  windows: z.array(
+    z.strictObject({
+      ...span,
+      attention: z
+        .array(z.array(z.number()))
+        .describe(
+          '[rows][columns] over the window: share of the attention on each patch, row 0 lowest in pitch',
+        ),
+    }),
+  ),
+});
+export type Explanation = z.infer<typeof explanationSchema>;
+
+/** The model's own numbers: an object in storage, written when the job asks for it. */
+export const vectorsSchema = z.strictObject({
+  v: z.literal(1),
+  labels: z.array(z.string()),
+  embedding: z
+    .array(z.number())
+    .optional()
+    .describe(
+      "the style anchor: mean of the windows' embeddings, unit length; absent when the model has none",
+    ),
+  windows: z.array(
+    z.strictObject({
+      ...span,
+      logits: z.array(z.number()).nullable().describe('in label order; null when the window is silent'),
+      embedding: z.array(z.number()).nullable().optional().describe('unit length'),
+    }),
+  ),
+});
+export type Vectors = z.infer<typeof vectorsSchema>;
 
 const milliseconds = z.number().min(0);
 export const timingsSchema = z.strictObject({
@@ -97,6 +139,8 @@ export const jobRecordSchema = z.object({
   selection: selectionSchema,
   /** Applied when a result is read: they change no stored number. */
   presentation: z.strictObject({ topK: z.int(), threshold: z.number() }),
+  /** What the inference stage writes into storage beside the result. */
+  extras: z.strictObject({ explain: z.boolean(), vectors: z.boolean() }).optional(),
   decoded: decodedSchema.optional(),
   outcome: outcomeSchema.optional(),
   error: z

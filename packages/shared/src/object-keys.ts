@@ -19,6 +19,9 @@ export function hourPrefix(time: Date): string {
 
 export const audioKey = (tenant: string, jobId: string) => `${jobPrefix(tenant, jobId)}audio`;
 export const spectrogramKey = (tenant: string, jobId: string) => `${jobPrefix(tenant, jobId)}spectrogram.npy`;
+export const explanationKey = (tenant: string, jobId: string) =>
+  `${jobPrefix(tenant, jobId)}explanation.json`;
+export const vectorsKey = (tenant: string, jobId: string) => `${jobPrefix(tenant, jobId)}vectors.json`;
 
 export const tensorPrefix = 'tensors/';
 

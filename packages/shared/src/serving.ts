@@ -5,36 +5,42 @@
 import { hostname } from 'node:os';
 import type { Redis } from 'ioredis';
 import { z } from 'zod';
-import { type Bundle, windowSeconds } from './bundle.ts';
+import { accuracySchema, type Bundle, reliabilitySchema, windowSeconds } from './bundle.ts';
+import { windowChoiceSchema } from './job.ts';
 import { queueName } from './pipeline.ts';
 import { withRedis } from './redis.ts';
 import type { Service } from './service.ts';
 
-/** What a model says of itself to everybody: enough to read a stored result long after its worker is gone. */
-export const modelDescriptionSchema = z.strictObject({
+/**
+ * What a model says of itself to everybody: enough to read a stored result long after its worker is gone. Not
+ * strict: during a roll-out an older process reads the description of a newer one.
+ */
+export const modelDescriptionSchema = z.object({
   digest: z.string(),
   name: z.string(),
   version: z.string(),
   licence: z.string(),
   provenance: z.string(),
   labels: z.array(z.string()),
+  taxonomy: z.record(z.string(), z.array(z.string())).optional(),
+  missing: z.array(z.object({ label: z.string(), reason: z.string() })).optional(),
   profileHash: z.string(),
   windowSeconds: z.number(),
   stepSeconds: z.number(),
+  windows: windowChoiceSchema.describe('analysed when the caller does not say'),
   threshold: z.number(),
+  outlierThreshold: z.number().optional(),
   calibrated: z.boolean(),
-  accuracy: z.looseObject({
-    split: z.string(),
-    clips: z.int(),
-    top1: z.number(),
-    top3: z.number(),
-    meanRecall: z.number(),
-  }),
+  reliability: reliabilitySchema.optional().describe('absent while the model is not calibrated'),
+  embeds: z.boolean().describe('the model gives an embedding'),
+  explains: z.boolean().describe('the model can show what it attended to'),
+  accuracy: z.union([z.literal('none'), accuracySchema]),
 });
 export type ModelDescription = z.infer<typeof modelDescriptionSchema>;
 
 function describeModel({ manifest, digest, profileHash }: Bundle): ModelDescription {
   const { name, version, licence, provenance, labels, threshold, calibration, accuracy, profile } = manifest;
+  const { taxonomy, missing, outlierThreshold, windows, graph } = manifest;
   return {
     digest,
     name,
@@ -42,7 +48,14 @@ function describeModel({ manifest, digest, profileHash }: Bundle): ModelDescript
     licence,
     provenance,
     labels,
+    ...(taxonomy ? { taxonomy } : {}),
+    ...(missing ? { missing } : {}),
     profileHash,
+    windows,
+    ...(outlierThreshold === undefined ? {} : { outlierThreshold }),
+    ...(calibration === 'none' ? {} : { reliability: calibration.reliability }),
+    embeds: graph.outputs.embedding !== undefined,
+    explains: graph.explain !== undefined,
     windowSeconds: windowSeconds(profile),
     stepSeconds: (profile.stepFrames * profile.hopLength) / profile.sampleRate,
     threshold,

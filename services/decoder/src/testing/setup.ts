@@ -28,9 +28,11 @@ export const defaultProfile: Profile = {
   reference: 'max',
   scope: 'window',
   floorDb: -70,
+  stretch: 'none',
   quantisation: 'linear-uint8',
   windowFrames: 128,
   stepFrames: 64,
+  placement: 'anchored',
   shortInput: 'loop',
 };
 

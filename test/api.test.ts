@@ -7,7 +7,9 @@ import { connect } from 'node:net';
 import path from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
+import { explanationSchema, vectorsSchema } from '../packages/shared/src/job.ts';
 import { jobSchema, modelSchema, predictionSchema, problemSchema } from '../services/api/src/schemas.ts';
+import { writeMeansBundle } from '../services/inference/src/testing/means-model.ts';
 import { sine, wav } from './audio.ts';
 import { finished, formOf, type Problem, request, serverSentEvents, upload } from './client.ts';
 import { type System, startSystem } from './system.ts';
@@ -110,6 +112,8 @@ describe('the API', () => {
     [{ start: '-1' }, 'start'],
     [{ start: '1e309' }, 'start'],
     [{ duration: '0' }, 'duration'],
+    [{ explain: 'yes' }, 'explain'],
+    [{ vectors: '' }, 'vectors'],
     [{ colour: 'blue' }, 'colour'],
     [{ __proto__x: '1' }, '__proto__x'],
   ] as const) {
@@ -233,7 +237,8 @@ describe('the API', () => {
         'job_not_found',
       );
       await assertProblem(await request<Problem>(`${jobs()}/${id}/events`), 404, 'job_not_found');
-      await assertProblem(await request<Problem>(`${jobs()}/${id}/spectrogram.png`), 404, 'job_not_found');
+      for (const part of ['spectrogram.png', 'explanation', 'vectors'])
+        await assertProblem(await request<Problem>(`${jobs()}/${id}/${part}`), 404, 'job_not_found');
     }
   });
 
@@ -244,6 +249,8 @@ describe('the API', () => {
       ['/v1/jobs', 'PUT', 'POST'],
       ['/v1/jobs/x', 'POST', 'GET, HEAD, DELETE'],
       ['/v1/jobs/x/events', 'DELETE', 'GET, HEAD'],
+      ['/v1/jobs/x/explanation', 'POST', 'GET, HEAD'],
+      ['/v1/jobs/x/vectors', 'PUT', 'GET, HEAD'],
       ['/v1/model', 'POST', 'GET, HEAD'],
       ['/openapi.json', 'POST', 'GET, HEAD'],
       ['/api/predict/', 'GET', 'POST'],
@@ -277,6 +284,84 @@ describe('the API', () => {
       400,
       'bad_option',
     );
+  });
+
+  const served = async () => modelSchema.parse((await request<unknown>(`${system.url}/v1/model`)).body);
+
+  test("the model's own numbers are there for a job that asked for them", async () => {
+    const model = await served();
+    const sent = await upload(system.url, song, { fields: { vectors: 'true' } });
+    assert.equal(sent.links.vectors, `${sent.links.self}/vectors`);
+    const job = await finished(system.url, sent.id);
+    assert.equal(job.state, 'completed', JSON.stringify(job.error));
+    const { status, headers, body } = await request<unknown>(system.url + job.links.vectors);
+    assert.equal(status, 200, JSON.stringify(body));
+    assert.match(headers.get('content-type') ?? '', /^application\/json/);
+    assert.equal(headers.get('cache-control'), 'private, max-age=3600');
+    const vectors = vectorsSchema.parse(body);
+    assert.deepEqual(vectors.labels, model.labels);
+    assert.deepEqual(
+      vectors.windows.map(({ start, end }) => [start, end]),
+      job.result!.windows.map(({ start, end }) => [start, end]),
+    );
+    const { logits } = vectors.windows[0]!;
+    assert.equal(model.labels[logits!.indexOf(Math.max(...logits!))], job.result!.windows[0]!.top[0]!.label);
+    assert.equal(vectors.embedding !== undefined, model.embeds);
+    const length = Math.hypot(...(vectors.embedding ?? [1]));
+    assert.ok(Math.abs(length - 1) < 1e-3, `the embedding is ${length} long`);
+  });
+
+  test('what the model looked at is told where it can be, and refused with 400 where it cannot', async () => {
+    const model = await served();
+    const form = () => formOf(song, { fields: { explain: 'true', windows: '2' } });
+    if (!model.explains) {
+      const before = (await storedFiles()).length;
+      const answer = await post(form());
+      await assertProblem(answer, 400, 'model_cannot_explain', new RegExp(`${model.name}.*"explain"`));
+      assert.equal(answer.body.field, 'explain');
+      const predicted = await request<Problem>(`${system.url}/api/predict/`, {
+        method: 'POST',
+        body: formOf(song, { field: 'data', fields: { explain: 'true' } }),
+      });
+      await assertProblem(predicted, 400, 'model_cannot_explain');
+      assert.equal((await storedFiles()).length, before);
+      return;
+    }
+    const sent = await request(jobs(), { method: 'POST', body: form() });
+    const job = await finished(system.url, sent.body.id);
+    assert.equal(job.state, 'completed', JSON.stringify(job.error));
+    const { status, headers, body } = await request<unknown>(system.url + job.links.explanation);
+    assert.equal(status, 200, JSON.stringify(body));
+    assert.equal(headers.get('cache-control'), 'private, max-age=3600');
+    const { windows } = explanationSchema.parse(body);
+    assert.deepEqual(
+      windows.map(({ start, end }) => [start, end]),
+      job.result!.windows.map(({ start, end }) => [start, end]),
+    );
+    for (const { attention } of windows) {
+      const sum = attention.flat().reduce((a, b) => a + b, 0);
+      assert.ok(Math.abs(sum - 1) < 1e-2, `the shares sum to ${sum}`);
+    }
+  });
+
+  test('what was not asked for, or is not there yet, is told apart', async () => {
+    const plain = await finished(system.url, (await upload(system.url, song)).id);
+    assert.deepEqual(Object.keys(plain.links), ['self', 'events', 'spectrogram']);
+    for (const [part, code, option] of [
+      ['explanation', 'no_explanation', /explain=true/],
+      ['vectors', 'no_vectors', /vectors=true/],
+    ] as const) {
+      await assertProblem(await request<Problem>(`${jobs()}/${plain.id}/${part}`), 404, code, option);
+    }
+    process.kill(system.pid('decoder'), 'SIGSTOP');
+    try {
+      const sent = await upload(system.url, tone(9, 550), { fields: { vectors: 'true' } });
+      const early = await request<Problem>(system.url + sent.links.vectors);
+      await assertProblem(early, 409, 'job_not_finished', /is (queued|decoding)/);
+      assert.ok(early.headers.get('retry-after'));
+    } finally {
+      process.kill(system.pid('decoder'), 'SIGCONT');
+    }
   });
 
   test('the event stream tells every state in order and ends with the result', async () => {
@@ -333,10 +418,12 @@ describe('the API', () => {
 
   test('deleting a finished job deletes its objects, and it is gone', async () => {
     const own = tone(9, 700);
-    const job = await finished(system.url, (await upload(system.url, own)).id);
+    const sent = await upload(system.url, own, { fields: { vectors: 'true' } });
+    const job = await finished(system.url, sent.id);
     const mine = async () =>
       (await storedFiles()).filter((file) => file.includes(job.id) || file.includes(sha256(own)));
     assert.ok((await mine()).length >= 2);
+    assert.ok((await mine()).some((file) => file.endsWith('vectors.json')));
     assert.equal((await request(`${jobs()}/${job.id}`, { method: 'DELETE' })).status, 204);
     assert.deepEqual(await mine(), []);
     await assertProblem(await request<Problem>(`${jobs()}/${job.id}`), 404, 'job_not_found');
@@ -376,6 +463,8 @@ describe('the API', () => {
     assert.equal(model.provider, 'cpu');
     assert.equal(model.limits.maxBytes, 3 << 20);
     assert.ok(model.accuracy !== 'none' && model.accuracy.top1 > 0.4 && model.accuracy.top1 <= 1);
+    assert.equal(model.reliability !== undefined, model.calibrated);
+    assert.ok('windows' in body && 'embeds' in body && 'explains' in body);
   });
 
   test('the OpenAPI document names every path that is served and resolves its references', async () => {
@@ -388,7 +477,9 @@ describe('the API', () => {
       '/v1/jobs',
       '/v1/jobs/{id}',
       '/v1/jobs/{id}/events',
+      '/v1/jobs/{id}/explanation',
       '/v1/jobs/{id}/spectrogram.png',
+      '/v1/jobs/{id}/vectors',
       '/v1/model',
     ]);
     for (const operations of Object.values(body.paths)) {
@@ -445,6 +536,94 @@ describe('the API', () => {
     assert.equal(await get({ host: own, origin: 'http://evil.example' }, 'POST'), 403);
     assert.equal(await get({ host: own, origin: 'null' }, 'POST'), 403);
     assert.equal(await get({ host: own, origin: system.url }, 'POST'), 405);
+  });
+});
+
+describe('an API whose model explains itself and knows what is not music', () => {
+  const reliability = [
+    { from: 0, to: 0.5, clips: 20, right: 5 },
+    { from: 0.5, to: 1, clips: 30, right: 28 },
+  ];
+  let bundle: Awaited<ReturnType<typeof writeMeansBundle>>;
+  let system: System;
+  before(async () => {
+    bundle = await writeMeansBundle({
+      full: true,
+      change(manifest) {
+        manifest.windows = 2;
+        manifest.outlierThreshold = 2;
+        manifest.accuracy = 'none';
+        const fit = { temperature: 1, data: 'test', clips: 50, eceBefore: 0, ece: 0 };
+        manifest.calibration = { method: 'temperature', ...fit, reliability };
+      },
+    });
+    system = await startSystem({ env: { MODEL_URL: bundle.directory } });
+  });
+  after(async () => {
+    await system?.stop();
+    await bundle?.[Symbol.asyncDispose]();
+  });
+  const answered = async (fields: Record<string, string>) => {
+    const job = await finished(system.url, (await upload(system.url, song, { fields })).id);
+    assert.equal(job.state, 'completed', JSON.stringify(job.error));
+    return jobSchema.parse(job);
+  };
+
+  test('says so in its description', async () => {
+    const model = modelSchema.parse((await request<unknown>(`${system.url}/v1/model`)).body);
+    assert.deepEqual(
+      [model.explains, model.embeds, model.calibrated, model.windows, model.accuracy],
+      [true, true, true, 2, 'none'],
+    );
+    assert.deepEqual([model.outlierThreshold, model.reliability], [2, reliability]);
+  });
+
+  test("analyses the model's own windows, and shows what it looked at in each", async () => {
+    const job = await answered({ explain: 'true' });
+    assert.equal(job.result!.windows.length, 2);
+    assert.equal(job.links.vectors, undefined);
+    const { status, headers, body } = await request<unknown>(system.url + job.links.explanation);
+    assert.equal(status, 200, JSON.stringify(body));
+    assert.equal(headers.get('cache-control'), 'private, max-age=3600');
+    const { windows } = explanationSchema.parse(body);
+    assert.deepEqual(
+      windows.map(({ start, end }) => [start, end]),
+      job.result!.windows.map(({ start, end }) => [start, end]),
+    );
+    for (const { attention } of windows) {
+      assert.deepEqual([attention.length, attention[0]!.length], [4, 2]);
+      const lowest = attention[0]!.reduce((a, b) => a + b);
+      assert.ok(lowest > attention[3]!.reduce((a, b) => a + b), 'the tone of 440 Hz lies low');
+    }
+    await request(system.url + job.links.self, { method: 'DELETE' });
+    assert.equal((await request(system.url + job.links.explanation)).status, 404);
+  });
+
+  test('tells how often it was right at this confidence, of one window and not of two', async () => {
+    const one = (await answered({ windows: 'middle' })).result!;
+    const { from, to, clips, right } = reliability.find(({ to }) => one.top[0]!.confidence < to)!;
+    const percent = Math.round((100 * right) / clips);
+    assert.deepEqual(one.reliability, { right, clips, from, to, percent });
+    assert.equal((await answered({})).result!.reliability, undefined);
+  });
+
+  test('is uncertain of what is unlike its music, and says that this is why', async () => {
+    const usual = (await answered({ threshold: '0' })).result!;
+    assert.equal(usual.uncertain, false);
+    // The outlier score of this model is the mean brightness of the window, from 0 to 1: none passes 2, all pass -1.
+    await using strict = await writeMeansBundle({
+      full: true,
+      change(manifest) {
+        manifest.outlierThreshold = -1;
+      },
+    });
+    await system.kill('inference', 'SIGTERM');
+    await system.kill('decoder', 'SIGTERM');
+    for (const name of ['decoder', 'inference'] as const)
+      await system.start(name, { MODEL_URL: strict.directory });
+    const odd = (await answered({ threshold: '0' })).result!;
+    assert.deepEqual([odd.uncertain, odd.uncertainBecause], [true, 'not_music']);
+    assert.ok(odd.windows.every(({ uncertain }) => uncertain));
   });
 });
 

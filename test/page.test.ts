@@ -9,6 +9,7 @@ import { after, before, describe, test } from 'node:test';
 import { promisify } from 'node:util';
 import { type Browser, type BrowserContextOptions, chromium, type Page } from 'playwright-core';
 import { song, wav } from './audio.ts';
+import type { Job } from './client.ts';
 import { type System, startSystem } from './system.ts';
 
 const root = path.resolve(import.meta.dirname, '..');
@@ -90,6 +91,18 @@ async function drop(page: Page, ...files: { name: string; bytes: Buffer }[]): Pr
   );
   await page.dispatchEvent('main', 'dragenter', { dataTransfer: transfer });
   await page.dispatchEvent('main', 'drop', { dataTransfer: transfer });
+}
+
+/** The results that the page is told are the service's own, but for `change`: answers of models that are not here. */
+async function changeResults(page: Page, change: Partial<NonNullable<Job['result']>>): Promise<void> {
+  await page.route('**/v1/jobs/*/events', async (route) => {
+    const response = await route.fetch();
+    const body = (await response.text()).replaceAll(/^data: (.*)$/gm, (line, json) => {
+      const job = JSON.parse(json) as Job;
+      return job.result ? `data: ${JSON.stringify({ ...job, result: { ...job.result, ...change } })}` : line;
+    });
+    await route.fulfill({ response, body });
+  });
 }
 
 const button = (page: Page, name: string) => page.getByRole('button', { name, exact: true });
@@ -175,6 +188,78 @@ describe('the page', () => {
     const download = await arrives;
     assert.match(download.suggestedFilename(), /^Evening tune.*\.png$/);
     assert.deepEqual(pngSize(await readFile(await download.path())), [224, 224]);
+    assert.deepEqual(complaints, []);
+  });
+
+  test('says beside an answer how often the model was right at its confidence, where that is known', async () => {
+    await using visit = await open();
+    const { page, complaints } = visit;
+    await changeResults(page, {
+      uncertain: false,
+      reliability: { right: 96, clips: 132, from: 0.7, to: 0.8, percent: 73 },
+    });
+    await drop(page, { name: 'Evening tune.wav', bytes: music });
+    await button(page, 'Start analysis').click();
+    await state(page, 'done');
+    const line = page.locator('#answer').getByText(/At this confidence/);
+    assert.match(
+      (await line.textContent()) ?? '',
+      /^At this confidence the model was right in 73\sof\s100 test songs\.$/,
+    );
+    assert.match(await textOf(page, '#said'), /in 73\sof\s100 test songs\.$/);
+
+    // The next answer is not one of the kind that was tested.
+    await page.unroute('**/v1/jobs/*/events');
+    await changeResults(page, { uncertain: false, reliability: undefined });
+    await drop(page, { name: 'Another tune.wav', bytes: music });
+    await button(page, 'Start analysis').click();
+    await state(page, 'done');
+    assert.equal(await line.count(), 0);
+    assert.doesNotMatch(await textOf(page, '#said'), /test songs|undefined/);
+    assert.deepEqual(complaints, []);
+  });
+
+  test('gives each reason for which it does not name a genre its own words', async () => {
+    const headlines = new Set<string>();
+    for (const [because, sentence] of [
+      ['confidence', /comes closest with [\d.]+\s?%, but an answer needs 80\s?%\./],
+      ['not_music', /^This does not sound like the music the model was trained on\./],
+      ['silent', /silent/],
+    ] as const) {
+      await using visit = await open();
+      const { page, complaints } = visit;
+      const change = { uncertain: true, uncertainBecause: because, threshold: 0.8 };
+      await changeResults(page, because === 'silent' ? { ...change, top: [] } : change);
+      await drop(page, { name: 'Washing machine.wav', bytes: music });
+      await button(page, 'Start analysis').click();
+      await state(page, 'done');
+      const headline = await textOf(page, '#answer-title');
+      headlines.add(headline);
+      assert.match(await textOf(page, '#answer-lead'), sentence);
+      assert.equal(await page.locator('#bars li').count(), because === 'silent' ? 0 : 5);
+      assert.equal(await textOf(page, '#answer-share'), '', 'a number beside it would look like an answer');
+      assert.ok((await textOf(page, '#said')).startsWith(headline.trim()));
+      assert.deepEqual(complaints, []);
+    }
+    assert.equal(headlines.size, 3);
+  });
+
+  test('says of a model that was neither measured nor calibrated that it was not', async () => {
+    await using visit = await open();
+    const { page, complaints } = visit;
+    await page.route('**/v1/model', async (route) => {
+      const response = await route.fetch();
+      await route.fulfill({
+        response,
+        json: { ...(await response.json()), accuracy: 'none', calibrated: false },
+      });
+    });
+    await page.reload();
+    const footer = page.getByRole('contentinfo');
+    await footer.getByText('Files are').waitFor();
+    const text = (await footer.textContent()) ?? '';
+    assert.match(text, /accuracy was not measured\..*not calibrated\./);
+    assert.doesNotMatch(text, /top-1|undefined|NaN/);
     assert.deepEqual(complaints, []);
   });
 

@@ -18,6 +18,7 @@ const kinds = {
   // The request
   bad_option: { status: 400, title: 'An option has a value that cannot be used', retryable: false },
   bad_request: { status: 400, title: 'The request could not be read', retryable: false },
+  model_cannot_explain: { status: 400, title: 'This model cannot explain its answers', retryable: false },
   no_file: { status: 400, title: 'No audio file was sent', retryable: false },
   too_many_files: { status: 400, title: 'More than one file was sent', retryable: false },
   upload_cut: { status: 400, title: 'The upload ended before it was complete', retryable: true },
@@ -26,6 +27,8 @@ const kinds = {
   not_found: { status: 404, title: 'There is nothing at this address', retryable: false },
   job_not_found: { status: 404, title: 'No such job', retryable: false },
   no_spectrogram: { status: 404, title: 'This job has no spectrogram', retryable: false },
+  no_explanation: { status: 404, title: 'This job has no explanation', retryable: false },
+  no_vectors: { status: 404, title: 'This job has no vectors', retryable: false },
   method_not_allowed: { status: 405, title: 'This method is not served here', retryable: false },
   job_not_finished: { status: 409, title: 'The job has not got that far yet', retryable: true },
   file_too_large: { status: 413, title: 'The file is larger than this service takes', retryable: false },

@@ -104,7 +104,16 @@ const keys = {
 };
 
 /** Scalars are stored as they are, so that the script and a person can read them; the rest as JSON. */
-const jsonFields = ['audio', 'selection', 'presentation', 'decoded', 'outcome', 'error', 'timings'] as const;
+const jsonFields = [
+  'audio',
+  'selection',
+  'presentation',
+  'extras',
+  'decoded',
+  'outcome',
+  'error',
+  'timings',
+] as const;
 const numberFields = [
   'generation',
   'version',

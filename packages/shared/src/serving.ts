@@ -27,13 +27,14 @@ export const modelDescriptionSchema = z.object({
   profileHash: z.string(),
   windowSeconds: z.number(),
   stepSeconds: z.number(),
-  windows: windowChoiceSchema.describe('analysed when the caller does not say'),
+  // Defaults here and below: descriptions of models outlive the release that wrote them.
+  windows: windowChoiceSchema.default('middle').describe('analysed when the caller does not say'),
   threshold: z.number(),
   outlierThreshold: z.number().optional(),
   calibrated: z.boolean(),
   reliability: reliabilitySchema.optional().describe('absent while the model is not calibrated'),
-  embeds: z.boolean().describe('the model gives an embedding'),
-  explains: z.boolean().describe('the model can show what it attended to'),
+  embeds: z.boolean().default(false).describe('the model gives an embedding'),
+  explains: z.boolean().default(false).describe('the model can show what it attended to'),
   accuracy: z.union([z.literal('none'), accuracySchema]),
 });
 export type ModelDescription = z.infer<typeof modelDescriptionSchema>;

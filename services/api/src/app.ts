@@ -13,6 +13,7 @@ import { Histogram } from 'prom-client';
 import { guardAccess } from './access.ts';
 import type { Changes } from './changes.ts';
 import type { ApiConfig } from './config.ts';
+import { extras, readExtra } from './extras.ts';
 import { type Jobs, parseOptions } from './jobs.ts';
 import { openApiDocument } from './openapi.ts';
 import { topGenres } from './presentation.ts';
@@ -91,6 +92,15 @@ export function createApp({ service, config, jobs, changes, storage }: AppDeps):
       .set('content-disposition', `inline; filename*=UTF-8''${encodeURIComponent(name)}`)
       .end(drawSpectrogram(parseNpy(image), side * scale));
   });
+  for (const extra of extras) {
+    app.get(`/v1/jobs/:id/${extra}`, async (request, response) => {
+      const json = await readExtra(storage, await jobs.get(tenant, request.params.id), extra);
+      response
+        .set('content-type', 'application/json')
+        .set('cache-control', 'private, max-age=3600')
+        .end(json);
+    });
+  }
   app.get('/v1/model', async (_request, response) => {
     const { description, provider } = await jobs.servedModel();
     response.set('cache-control', 'no-store').json({
@@ -126,7 +136,9 @@ export function createApp({ service, config, jobs, changes, storage }: AppDeps):
   for (const [at, allowed] of [
     [['/v1/jobs', '/api/predict', '/api/predict/'], 'POST'],
     [['/v1/jobs/:id'], 'GET, HEAD, DELETE'],
-    [['/v1/jobs/:id/events', '/v1/jobs/:id/spectrogram.png', '/v1/model', '/openapi.json'], 'GET, HEAD'],
+    [['/v1/jobs/:id/events', '/v1/jobs/:id/spectrogram.png'], 'GET, HEAD'],
+    [extras.map((extra) => `/v1/jobs/:id/${extra}`), 'GET, HEAD'],
+    [['/v1/model', '/openapi.json'], 'GET, HEAD'],
   ] as const) {
     app.all([...at], (request, response) => {
       response.set('allow', allowed);

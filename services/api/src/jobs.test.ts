@@ -5,38 +5,48 @@ import { createServer } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
-import { test } from 'node:test';
+import { type TestContext, test } from 'node:test';
 import { pathToFileURL } from 'node:url';
+import { ProblemError } from '@acousticsense/shared/errors';
+import type { JobRecord } from '@acousticsense/shared/job';
 import { createJobRecords } from '@acousticsense/shared/job-records';
+import { audioKey, explanationKey, spectrogramKey, vectorsKey } from '@acousticsense/shared/object-keys';
 import { openStorage } from '@acousticsense/shared/open-storage';
 import { createQueues } from '@acousticsense/shared/queues';
 import { connectRedis } from '@acousticsense/shared/redis';
 import { pino } from 'pino';
-import { startRedis } from '../../../test/redis.ts';
+import { startRedis, type TestRedis } from '../../../test/redis.ts';
 import { createChanges } from './changes.ts';
-import { createJobs } from './jobs.ts';
+import { createJobs, type JobsDeps } from './jobs.ts';
 
-test('a job whose record is committed is accepted, even if Redis is lost before it is queued', async (t) => {
-  await using server = await startRedis();
+const digest = 'd'.repeat(64);
+/** As releases wrote it that knew neither default windows nor explanations. */
+const oldDescription = {
+  digest,
+  name: 'm',
+  version: '1',
+  licence: '',
+  provenance: '',
+  labels: ['rock'],
+  profileHash: 'p',
+  windowSeconds: 30,
+  stepSeconds: 30,
+  threshold: 0.5,
+  calibrated: false,
+  accuracy: { split: 's', clips: 1, top1: 1, top3: 1, meanRecall: 1 },
+};
+
+/** Jobs behind an HTTP server that only accepts, with a model that is served by announcement only. */
+async function acceptJobs(
+  t: TestContext,
+  server: TestRedis,
+  description: object,
+  add?: JobsDeps['queues']['add'],
+) {
   const redis = connectRedis(server.url);
   await once(redis, 'ready');
   const subscriber = connectRedis(server.url);
   const directory = await mkdtemp(path.join(tmpdir(), 'as-jobs-'));
-  const digest = 'd'.repeat(64);
-  const description = {
-    digest,
-    name: 'm',
-    version: '1',
-    licence: '',
-    provenance: '',
-    labels: ['rock'],
-    profileHash: 'p',
-    windowSeconds: 30,
-    stepSeconds: 30,
-    threshold: 0.5,
-    calibrated: false,
-    accuracy: { split: 's', clips: 1, top1: 1, top3: 1, meanRecall: 1 },
-  };
   await redis.set(`as:model:${digest}`, JSON.stringify(description));
   for (const kind of ['decoder', 'inference']) {
     const worker = { kind, queue: kind, workerId: kind, since: 1, modelDigest: digest, profileHash: 'p' };
@@ -44,28 +54,21 @@ test('a job whose record is committed is accepted, even if Redis is lost before 
   }
   const records = createJobRecords(redis, { resultSeconds: 60, events: 10 });
   const queues = createQueues(redis);
+  const storage = openStorage(pathToFileURL(directory).href);
   const jobs = createJobs({
     redis,
-    storage: openStorage(pathToFileURL(directory).href),
+    storage,
     records,
-    queues: {
-      ...queues,
-      async add() {
-        await server.stop('SIGKILL');
-        throw new Error('Connection is closed.');
-      },
-    },
+    queues: add ? { ...queues, add } : queues,
     changes: createChanges(subscriber, records),
     log: pino({ level: 'silent' }),
     maxUploadBytes: 1_000,
     maxOpenJobs: 10,
   });
+  let last: JobRecord | Error | undefined;
   const http = createServer(async (request, response) => {
-    const told = await jobs
-      .accept(request, 'acme', 'file')
-      .then((record) => jobs.present(record))
-      .then(({ state }) => state, String);
-    response.end(told);
+    last = await jobs.accept(request, 'acme', 'file').catch((error) => error);
+    response.end();
   });
   http.listen(0, '127.0.0.1');
   await once(http, 'listening');
@@ -76,11 +79,67 @@ test('a job whose record is committed is accepted, even if Redis is lost before 
     subscriber.disconnect();
     await rm(directory, { recursive: true });
   });
-  const form = new FormData();
-  form.append('file', new Blob(['abc']), 'a.mp3');
-  const answer = await fetch(`http://127.0.0.1:${(http.address() as AddressInfo).port}`, {
-    method: 'POST',
-    body: form,
+  /** Sends three bytes that nobody will decode. */
+  async function send(fields: Record<string, string> = {}): Promise<JobRecord> {
+    const form = new FormData();
+    for (const [name, value] of Object.entries(fields)) form.append(name, value);
+    form.append('file', new Blob(['abc']), 'a.mp3');
+    await fetch(`http://127.0.0.1:${(http.address() as AddressInfo).port}`, { method: 'POST', body: form });
+    if (last instanceof Error) throw last;
+    return last!;
+  }
+  const stored = async () => (await Array.fromAsync(storage.list('jobs/'))).map(({ key }) => key);
+  return { jobs, records, storage, send, stored };
+}
+
+test('a job whose record is committed is accepted, even if Redis is lost before it is queued', async (t) => {
+  await using server = await startRedis();
+  const { jobs, send } = await acceptJobs(t, server, oldDescription, async () => {
+    await server.stop('SIGKILL');
+    throw new Error('Connection is closed.');
   });
-  assert.equal(await answer.text(), 'queued');
+  assert.equal((await jobs.present(await send())).state, 'queued');
+});
+
+test("a job that names no windows takes the model's own", async (t) => {
+  await using server = await startRedis();
+  const { send } = await acceptJobs(t, server, { ...oldDescription, windows: 3 });
+  assert.equal((await send()).selection.windows, 3);
+  assert.equal((await send({ windows: 'middle' })).selection.windows, 'middle');
+});
+
+test('a model that cannot explain refuses just that, and nothing is left behind', async (t) => {
+  await using server = await startRedis();
+  const { send, stored, records } = await acceptJobs(t, server, oldDescription);
+  for (const fields of [{ explain: 'true' }, { explain: 'true', vectors: 'true' }] as const) {
+    await assert.rejects(send(fields), (error) => {
+      assert.ok(error instanceof ProblemError);
+      assert.deepEqual([error.code, error.details.field], ['model_cannot_explain', 'explain']);
+      return true;
+    });
+  }
+  assert.deepEqual(await stored(), []);
+  const { id, extras } = await send({ explain: 'false', vectors: 'true' });
+  assert.deepEqual(extras, { explain: false, vectors: true });
+  assert.deepEqual((await records.get('acme', id))?.extras, extras);
+  assert.equal((await send({ explain: 'false', vectors: 'false' })).extras, undefined);
+});
+
+test('a model that can explain is asked to', async (t) => {
+  await using server = await startRedis();
+  const { send } = await acceptJobs(t, server, { ...oldDescription, explains: true });
+  assert.deepEqual((await send({ explain: 'true' })).extras, { explain: true, vectors: false });
+});
+
+test('deleting a finished job deletes all that was stored beside its result', async (t) => {
+  await using server = await startRedis();
+  const { jobs, records, storage, send, stored } = await acceptJobs(t, server, oldDescription);
+  const { id, generation } = await send({ vectors: 'true' });
+  const other = await send();
+  for (const keyOf of [spectrogramKey, explanationKey, vectorsKey])
+    await storage.put(keyOf('acme', id), Buffer.from('{}'));
+  await records.commit({ tenant: 'acme', jobId: id, generation }, { from: ['queued'], to: 'failed' });
+  assert.equal((await stored()).length, 5);
+  assert.equal(await jobs.cancelOrDelete('acme', id), undefined);
+  assert.deepEqual(await stored(), [audioKey('acme', other.id)]);
 });

@@ -74,7 +74,8 @@ export function createJobs(deps: JobsDeps) {
     const uploadMs = Math.round(performance.now() - from);
     try {
       const options = parseOptions(jobOptionsSchema, upload.fields);
-      const { windows, start, duration, topK } = options;
+      const { start, duration, topK, explain, vectors } = options;
+      refuseWhatModelCannot(options, description);
       const record = {
         id,
         tenant,
@@ -86,8 +87,13 @@ export function createJobs(deps: JobsDeps) {
         modelVersion: description.version,
         profileHash: description.profileHash,
         audio: { key, size: upload.size, sha256: upload.sha256, filename: upload.filename },
-        selection: { windows, start, ...(duration === undefined ? {} : { duration }) },
+        selection: {
+          windows: options.windows ?? description.windows,
+          start,
+          ...(duration === undefined ? {} : { duration }),
+        },
         presentation: { topK, threshold: options.threshold ?? description.threshold },
+        ...(explain || vectors ? { extras: { explain, vectors } } : {}),
         timings: { upload: uploadMs },
       };
       await records.create(record);
@@ -126,9 +132,9 @@ export function createJobs(deps: JobsDeps) {
   }
 
   async function present(record: JobRecord): Promise<JobResource> {
-    // Labels are of a result only: a job that was just accepted is told even if Redis was lost since.
+    // Only a result needs the model: a job that was just accepted is told even if Redis was lost since.
     const model = record.outcome && (await knownModel(redis, record.modelDigest));
-    return presentJob(record, model?.labels ?? []);
+    return presentJob(record, model);
   }
 
   /**
@@ -204,6 +210,16 @@ export function parseOptions<T extends z.ZodType>(schema: T, given: unknown): z.
   const field = issue.code === 'unrecognized_keys' ? issue.keys[0]! : String(issue.path[0] ?? '');
   const what = issue.code === 'unrecognized_keys' ? 'is not an option' : issue.message;
   throw new ProblemError('bad_option', `"${field.slice(0, 50)}": ${what}.`, { field: field.slice(0, 50) });
+}
+
+/** @throws {ProblemError} model_cannot_explain. Vectors need no such check: every model has logits. */
+function refuseWhatModelCannot({ explain }: { explain: boolean }, model: ModelDescription): void {
+  if (!explain || model.explains) return;
+  throw new ProblemError(
+    'model_cannot_explain',
+    `The model ${model.name} ${model.version} cannot show what it looked at: send the song without "explain".`,
+    { field: 'explain' },
+  );
 }
 
 /** Goes on with the caller's trace (https://www.w3.org/TR/trace-context/), or begins one. */

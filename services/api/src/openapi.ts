@@ -1,4 +1,5 @@
 /** /openapi.json, generated from the schemas that validate. */
+import { explanationSchema, vectorsSchema } from '@acousticsense/shared/job';
 import { z } from 'zod';
 import { jobOptionsSchema, jobSchema, modelSchema, predictionSchema, problemSchema } from './schemas.ts';
 
@@ -122,6 +123,31 @@ function describeApi() {
           },
         },
       },
+      '/v1/jobs/{id}/explanation': {
+        parameters: [id],
+        get: {
+          operationId: 'getExplanation',
+          summary:
+            'What the model looked at, in windows that are not silent (of many, some evenly spaced); for a job sent with `explain=true`.',
+          responses: {
+            200: json('Explanation', 'Shares of attention over time and pitch.'),
+            404: problem('No such job, not asked for, or no longer stored.'),
+            409: problem('Not classified yet.'),
+          },
+        },
+      },
+      '/v1/jobs/{id}/vectors': {
+        parameters: [id],
+        get: {
+          operationId: 'getVectors',
+          summary: "The model's own numbers: logits, and its embedding; for a job sent with `vectors=true`.",
+          responses: {
+            200: json('Vectors', 'One vector for the whole and those of each window.'),
+            404: problem('No such job, not asked for, or no longer stored.'),
+            409: problem('Not classified yet.'),
+          },
+        },
+      },
       '/v1/model': {
         get: {
           operationId: 'getModel',
@@ -150,6 +176,8 @@ function describeApi() {
       schemas: {
         Job: schemaOf(jobSchema),
         Model: schemaOf(modelSchema),
+        Explanation: schemaOf(explanationSchema),
+        Vectors: schemaOf(vectorsSchema),
         Prediction: schemaOf(predictionSchema),
         Problem: schemaOf(problemSchema),
       },

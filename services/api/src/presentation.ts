@@ -1,11 +1,15 @@
 /** From a job record to what callers see; `topK` and `threshold` are applied here and nowhere else. */
-import type { JobRecord } from '@acousticsense/shared/job';
+import type { JobRecord, Outcome } from '@acousticsense/shared/job';
+import type { ModelDescription } from '@acousticsense/shared/serving';
+import { extras, isAskedFor } from './extras.ts';
 import type { JobResource } from './schemas.ts';
 
 export interface Guess {
   label: string;
   confidence: number;
 }
+
+type Result = NonNullable<JobResource['result']>;
 
 /** The `topK` likeliest labels, best first; ties keep label order. */
 export function topGenres(
@@ -19,10 +23,11 @@ export function topGenres(
     .slice(0, topK);
 }
 
-/** @param labels of the model to which the job is pinned, in output order. */
-export function presentJob(record: JobRecord, labels: readonly string[]): JobResource {
+/** @param model to which the job is pinned; without it a result has no labels. */
+export function presentJob(record: JobRecord, model: ModelDescription | undefined): JobResource {
   const self = `/v1/jobs/${record.id}`;
-  const result = presentResult(record, labels);
+  const result = presentResult(record, model);
+  const asked = extras.filter((extra) => isAskedFor(record, extra));
   return {
     id: record.id,
     state: record.state,
@@ -41,35 +46,94 @@ export function presentJob(record: JobRecord, labels: readonly string[]): JobRes
     warnings: record.decoded?.warnings ?? [],
     ...(record.timings ? { timings: record.timings } : {}),
     ...(record.error ? { error: record.error } : {}),
-    links: { self, events: `${self}/events`, spectrogram: `${self}/spectrogram.png` },
+    links: {
+      self,
+      events: `${self}/events`,
+      spectrogram: `${self}/spectrogram.png`,
+      ...Object.fromEntries(asked.map((extra) => [extra, `${self}/${extra}`])),
+    },
   };
 }
 
-function presentResult(record: JobRecord, labels: readonly string[]): JobResource['result'] {
+function presentResult(record: JobRecord, model: ModelDescription | undefined): Result | undefined {
   const { outcome, decoded, presentation } = record;
   if (record.state !== 'completed' || outcome === undefined || decoded === undefined) return undefined;
   const { topK, threshold } = presentation;
+  const labels = model?.labels ?? [];
+  const limits = { threshold, outlierThreshold: model?.outlierThreshold };
   const ranked = outcome.probabilities ? topGenres(outcome.probabilities, labels, labels.length) : [];
   const [first, second] = ranked;
+  const uncertainBecause = reasonToDoubt(outcome.probabilities, meanOutlier(outcome), limits);
+  const reliability =
+    uncertainBecause === 'not_music' ? undefined : reliabilityOf(outcome, model?.reliability);
   return {
     top: ranked.slice(0, topK),
     probabilities: Object.fromEntries(
       labels.map((label, index) => [label, outcome.probabilities?.[index] ?? 0]),
     ),
-    uncertain: first === undefined || first.confidence < threshold,
+    uncertain: uncertainBecause !== undefined,
+    ...(uncertainBecause ? { uncertainBecause } : {}),
     lead: round(first ? first.confidence - (second?.confidence ?? 0) : 0),
     threshold,
+    ...(reliability ? { reliability } : {}),
     windows: decoded.windows.map(({ start, end, silent }, index) => {
-      const probabilities = outcome.windows[index];
+      const probabilities = outcome.windows[index] ?? null;
       return {
         start,
         end,
         silent,
+        uncertain: reasonToDoubt(probabilities, outcome.outliers?.[index] ?? undefined, limits) !== undefined,
         top: probabilities ? topGenres(probabilities, labels, Math.min(topK, 3)) : [],
       };
     }),
     provider: outcome.provider,
   };
+}
+
+/**
+ * Why a window, or a track, should not be taken for its likeliest genre. What is unlike all music that the model
+ * knows says so first: its confidence is that of an answer to a question that does not arise.
+ *
+ * @param probabilities null when all is silent.
+ * @param outlier undefined for a model that gives none.
+ */
+function reasonToDoubt(
+  probabilities: readonly number[] | null,
+  outlier: number | undefined,
+  limits: { threshold: number; outlierThreshold: number | undefined },
+): Result['uncertainBecause'] {
+  if (probabilities === null) return 'silent';
+  if (outlier !== undefined && limits.outlierThreshold !== undefined && outlier > limits.outlierThreshold)
+    return 'not_music';
+  return Math.max(...probabilities) < limits.threshold ? 'confidence' : undefined;
+}
+
+/** Over the windows that were heard. */
+function meanOutlier({ outliers }: Outcome): number | undefined {
+  const heard = (outliers ?? []).filter((score) => score !== null);
+  return heard.length === 0 ? undefined : heard.reduce((a, b) => a + b) / heard.length;
+}
+
+/** A bin of fewer says nothing. */
+const leastClips = 10;
+
+/**
+ * The bin of test songs that an answer falls into. The test was of one window a song, so it speaks only for answers
+ * that were read from one.
+ */
+function reliabilityOf(
+  { windows }: Outcome,
+  bins: ModelDescription['reliability'] = [],
+): Result['reliability'] {
+  const [only, ...others] = windows.filter((window) => window !== null);
+  if (only === undefined || others.length > 0) return undefined;
+  // Of the window, not of the track: where windows vote, one vote is always all of them.
+  const confidence = Math.max(...only);
+  // The last bin holds its upper edge too: nothing is above certainty.
+  const bin = bins.find(({ from, to }) => confidence >= from && (confidence < to || to >= 1));
+  if (bin === undefined || bin.clips < leastClips) return undefined;
+  const { right, clips, from, to } = bin;
+  return { right, clips, from, to, percent: Math.round((100 * right) / clips) };
 }
 
 const round = (value: number) => Math.round(value * 1e6) / 1e6;

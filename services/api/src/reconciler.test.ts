@@ -8,7 +8,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { pathToFileURL } from 'node:url';
 import type { JobRecord } from '@acousticsense/shared/job';
 import { createJobRecords, type JobRecords } from '@acousticsense/shared/job-records';
-import { audioKey, spectrogramKey } from '@acousticsense/shared/object-keys';
+import { audioKey, explanationKey, spectrogramKey, vectorsKey } from '@acousticsense/shared/object-keys';
 import { openStorage } from '@acousticsense/shared/open-storage';
 import { createQueues, type Queues } from '@acousticsense/shared/queues';
 import { connectRedisForWorker } from '@acousticsense/shared/redis';
@@ -156,25 +156,27 @@ describe('the reconciler', () => {
     assert.ok(await storage.stat(young));
   });
 
-  test('deletes the audio of finished jobs after its retention, and keeps their spectrogram', async () => {
+  test('deletes the audio of finished jobs after its retention, and keeps what explains their result', async () => {
     const created = Date.now() - 26 * hour;
     const done = await job('completed', created);
     const open = await job('decoding', created);
     for (const { id } of [done, open]) {
-      await object(audioKey(tenant, id), 26 * hour);
-      await object(spectrogramKey(tenant, id), 26 * hour);
+      for (const keyOf of [audioKey, spectrogramKey, explanationKey, vectorsKey])
+        await object(keyOf(tenant, id), 26 * hour);
     }
     assert.equal(await reconciler().sweepObjects(), 1);
     assert.equal(await storage.stat(audioKey(tenant, done.id)), undefined);
-    assert.ok(await storage.stat(spectrogramKey(tenant, done.id)));
+    for (const keyOf of [spectrogramKey, explanationKey, vectorsKey])
+      assert.ok(await storage.stat(keyOf(tenant, done.id)));
     assert.ok(await storage.stat(audioKey(tenant, open.id)), 'an unfinished job still needs its audio');
   });
 
   test('deletes what is left of a job when its record has expired', async () => {
-    const key = spectrogramKey(tenant, idAt(Date.now() - 31 * day - 2 * hour));
-    await object(key, 31 * day);
+    const id = idAt(Date.now() - 31 * day - 2 * hour);
+    const keys = [spectrogramKey, explanationKey, vectorsKey].map((keyOf) => keyOf(tenant, id));
+    for (const key of keys) await object(key, 31 * day);
     await reconciler().sweepObjects();
-    assert.equal(await storage.stat(key), undefined);
+    for (const key of keys) assert.equal(await storage.stat(key), undefined, key);
   });
 
   test('comes back for audio whose upload went on over the full hour', async () => {

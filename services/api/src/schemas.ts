@@ -18,6 +18,8 @@ const number = (schema: z.ZodNumber) =>
     .transform(Number)
     .pipe(schema);
 
+const flag = z.enum(['true', 'false'], 'must be true or false').default('false');
+
 /** Form fields beside the file. They arrive as text. */
 export const jobOptionsSchema = z.strictObject({
   topK: number(z.number().int().min(1).max(1_000)).default(5).describe('how many genres to list'),
@@ -29,12 +31,20 @@ export const jobOptionsSchema = z.strictObject({
     .trim()
     .transform((text) => (/^\d+$/.test(text) ? Number(text) : text))
     .pipe(windowChoiceSchema)
-    .default('middle')
-    .describe('`middle`: one window; `all`: every step; a number: that many, evenly spaced'),
+    .optional()
+    .describe(
+      "`middle`: one window; `all`: every step; a number: that many, evenly spaced; the model's own when absent",
+    ),
   start: number(z.number().min(0).max(1e6)).default(0).describe('seconds from which to analyse'),
   duration: number(z.number().positive().max(1e6))
     .optional()
     .describe('seconds to analyse; to the end when absent'),
+  explain: flag
+    .transform((text) => text === 'true')
+    .describe('keep what the model looked at, for `links.explanation`; not every model can'),
+  vectors: flag
+    .transform((text) => text === 'true')
+    .describe('keep the logits and the embedding, for `links.vectors`'),
 });
 
 const guess = z.strictObject({ label: z.string(), confidence: z.number().min(0).max(1) });
@@ -51,11 +61,35 @@ export const jobSchema = z.strictObject({
     .strictObject({
       top: z.array(guess).describe('the likeliest genres, best first; empty when all is silent'),
       probabilities: z.record(z.string(), z.number()).describe('every genre'),
-      uncertain: z.boolean().describe('the best confidence lies under the threshold, or all is silent'),
+      uncertain: z.boolean().describe('do not take the best genre for an answer'),
+      uncertainBecause: z
+        .enum(['silent', 'not_music', 'confidence'])
+        .optional()
+        .describe(
+          'all is silent; unlike the music the model was trained on; the best confidence lies under the threshold',
+        ),
       lead: z.number().describe('difference between the first and the second'),
       threshold: z.number(),
+      reliability: z
+        .strictObject({
+          right: z.int(),
+          clips: z.int(),
+          from: z.number(),
+          to: z.number(),
+          percent: z.int().describe('right of 100'),
+        })
+        .optional()
+        .describe(
+          'of the test songs whose best confidence lay in [from, to), as here, how many were right; only for an answer read from one window of what may be music, by a calibrated model tested on enough songs',
+        ),
       windows: z.array(
-        z.strictObject({ start: z.number(), end: z.number(), silent: z.boolean(), top: z.array(guess) }),
+        z.strictObject({
+          start: z.number(),
+          end: z.number(),
+          silent: z.boolean(),
+          uncertain: z.boolean().describe('as for the whole'),
+          top: z.array(guess),
+        }),
       ),
       provider: z.string().describe('the execution provider that really ran'),
     })
@@ -66,7 +100,13 @@ export const jobSchema = z.strictObject({
   error: z
     .strictObject({ code: z.enum(problemCodes), message: z.string(), retryable: z.boolean() })
     .optional(),
-  links: z.strictObject({ self: z.string(), events: z.string(), spectrogram: z.string() }),
+  links: z.strictObject({
+    self: z.string(),
+    events: z.string(),
+    spectrogram: z.string(),
+    explanation: z.string().optional().describe('when `explain` was asked for'),
+    vectors: z.string().optional().describe('when `vectors` was asked for'),
+  }),
 });
 export type JobResource = z.infer<typeof jobSchema>;
 

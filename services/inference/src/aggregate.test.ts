@@ -9,7 +9,7 @@ const plain = { calibration: 'none', aggregation: 'mean' } as const;
 
 test('a temperature above one flattens the probabilities and keeps their order', () => {
   assert.ok(close(calibratedSoftmax(row(Math.log(9), 0), 'none'), [0.9, 0.1]));
-  const warm = calibratedSoftmax(row(Math.log(9), 0), { method: 'temperature', temperature: 2 });
+  const warm = calibratedSoftmax(row(Math.log(9), 0), { temperature: 2 });
   assert.ok(close(warm, [0.75, 0.25]));
 });
 

@@ -2,13 +2,15 @@
 import type { Manifest } from '@acousticsense/shared/bundle';
 import type { Outcome } from '@acousticsense/shared/job';
 
+type Calibration = 'none' | Pick<Exclude<Manifest['calibration'], 'none'>, 'temperature'>;
+
 /**
  * Calibrated probabilities of one window: softmax(logits / temperature), with the maximum subtracted first so
  * that no exponential overflows. Temperature scaling: Guo et al. 2017, https://arxiv.org/abs/1706.04599
  *
  * @throws {RangeError} on a logit that is not finite: no probability follows from it.
  */
-export function calibratedSoftmax(logits: Float32Array, calibration: Manifest['calibration']): number[] {
+export function calibratedSoftmax(logits: Float32Array, calibration: Calibration): number[] {
   if (!logits.every(Number.isFinite))
     throw new RangeError('the model gave a logit that is not a finite number');
   const temperature = calibration === 'none' ? 1 : calibration.temperature;
@@ -25,7 +27,7 @@ export function calibratedSoftmax(logits: Float32Array, calibration: Manifest['c
  */
 export function aggregate(
   logits: readonly (Float32Array | null)[],
-  { calibration, aggregation }: Pick<Manifest, 'calibration' | 'aggregation'>,
+  { calibration, aggregation }: Pick<Manifest, 'aggregation'> & { readonly calibration: Calibration },
 ): Pick<Outcome, 'probabilities' | 'windows'> {
   const windows = logits.map((window) => window && calibratedSoftmax(window, calibration));
   const heard = windows.filter((window) => window !== null);

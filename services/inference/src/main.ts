@@ -46,7 +46,6 @@ await startService(
     const batcher = createBatcher({
       model,
       windowBytes: melBands * windowFrames,
-      labels: manifest.labels.length,
       maxBatch: config.maxBatch,
       maxDelayMs: config.maxBatchDelayMs,
       maxWindowBytes: config.maxWindowBytes,

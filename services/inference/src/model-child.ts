@@ -1,86 +1,94 @@
 /**
- * The child process that holds the ONNX Runtime session. Started by `model-process.ts`, never imported by it.
+ * The child process that holds the ONNX Runtime sessions: the classifier from the start, the explain graph from the
+ * first wish for it on, so that its memory and load time stay away from those who never ask. Started by
+ * `model-process.ts`, never imported by it.
  *
  * `InferenceSession.run` is a synchronous native call: it blocks the event loop for the whole batch, may crash
- * the process, and memory of released sessions does not come back. So it lives here, one session a process, and
- * the parent ends the process where others would release a session.
+ * the process, and memory of released sessions does not come back. So it lives here, and the parent ends the
+ * process where others would release a session.
  *
  * Batches arrive over Node's own IPC channel with `serialization: 'advanced'`: one `Uint8Array` a message is
  * written as raw bytes (no base64, no JSON), about 0.2 ms for a batch of 16 windows against tens of
  * milliseconds for running it, and framing, back-pressure and "the parent is gone" come with it.
  */
-import { existsSync, rmSync } from 'node:fs';
-import { mkdtemp, readdir, readFile } from 'node:fs/promises';
+import { existsSync } from 'node:fs';
 import { createRequire } from 'node:module';
-import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { Worker } from 'node:worker_threads';
-import type { Manifest } from '@acousticsense/shared/bundle';
-import { parseNpy } from '@acousticsense/shared/tensor';
-import { InferenceSession, Tensor } from 'onnxruntime-node';
+import {
+  type GraphName,
+  type GraphOutputs,
+  type GraphReport,
+  messageOf,
+  type OpenGraph,
+  type OpenOptions,
+  openClassifier,
+  openExplainer,
+  type Provider,
+  Refusal,
+} from './model-session.ts';
 
-export type Provider = 'cpu' | 'cuda' | 'webgpu';
-export type ProviderChoice = Provider | 'auto';
-
-export interface LoadRequest {
+export interface LoadRequest extends OpenOptions {
   readonly type: 'load';
-  readonly directory: string;
-  readonly manifest: Pick<Manifest, 'graph' | 'selfTest'>;
-  readonly provider: ProviderChoice;
   /** A GPU that cannot be used is then no reason to fall back to the CPU but to refuse. */
   readonly requireGpu: boolean;
-  readonly threads: number;
+}
+
+/** Only after `ready`, and only when the manifest names an explain graph. */
+export interface OpenExplainRequest {
+  readonly type: 'open-explain';
+  readonly id: number;
 }
 
 export interface RunRequest {
   readonly type: 'run';
   readonly id: number;
+  readonly graph: GraphName;
   /** uint8 [count, bands, frames] */
   readonly windows: Uint8Array;
   readonly count: number;
 }
 
-/** What the session really is, established by running the self-test and reading ONNX Runtime's own profile. */
-export interface SessionReport {
-  readonly provider: Provider;
+export type Request = LoadRequest | OpenExplainRequest | RunRequest;
+
+export interface SessionReport extends GraphReport {
   /** Why a provider that was wanted is not the one in use. */
   readonly fallback?: string;
-  /** Graph nodes of the self-test's run by the execution provider that ran them. */
-  readonly nodes: Readonly<Record<string, number>>;
   /** Largest difference to the bundle's expected logits. */
   readonly selfTestError: number;
-  /** Of the self-test's batch, warmed up. */
-  readonly msPerWindow: number;
+  readonly loadMs: number;
+}
+
+export interface ExplainReport extends GraphReport {
+  /** Least and greatest sum of a map on the self-test: 1 but for rounding. */
+  readonly sums: readonly [number, number];
   readonly loadMs: number;
 }
 
 export type Reply =
   | { readonly type: 'ready'; readonly report: SessionReport }
-  /** `bundle`: it will never work; `gpu`: it may, once the GPU is back. */
-  | { readonly type: 'refused'; readonly because: 'bundle' | 'gpu'; readonly message: string }
-  /** logits: float32 [count, labels] */
-  | { readonly type: 'result'; readonly id: number; readonly logits: Float32Array; readonly runMs: number }
+  | { readonly type: 'refused'; readonly because: Refusal['because']; readonly message: string }
+  | { readonly type: 'explain-ready'; readonly id: number; readonly report: ExplainReport }
+  /** The explain graph will never work; the classifier is not touched by it. */
+  | { readonly type: 'explain-refused'; readonly id: number; readonly message: string }
+  | {
+      readonly type: 'result';
+      readonly id: number;
+      readonly outputs: GraphOutputs[GraphName];
+      readonly runMs: number;
+      readonly provider: Provider;
+    }
   | { readonly type: 'failed'; readonly id: number; readonly message: string };
 
-const executionProviders = {
-  cpu: 'CPUExecutionProvider',
-  cuda: 'CUDAExecutionProvider',
-  webgpu: 'WebGpuExecutionProvider',
-} as const satisfies Record<Provider, string>;
+type Classifier = OpenGraph<'classify', number>;
 
-class Refusal extends Error {
-  readonly because: 'bundle' | 'gpu';
-  constructor(because: 'bundle' | 'gpu', message: string) {
-    super(message);
-    this.because = because;
-  }
-}
+let loaded: LoadRequest | undefined;
+let classifier: Classifier | undefined;
+let explainer: OpenGraph<'explain', [number, number]> | undefined;
 
-let session: InferenceSession | undefined;
-let graph: Manifest['graph'] | undefined;
-
-process.on('message', (request: LoadRequest | RunRequest) => {
+process.on('message', (request: Request) => {
   if (request.type === 'load') void load(request);
+  else if (request.type === 'open-explain') void openExplain(request);
   else void run(request);
 });
 process.on('disconnect', () => process.exit(0));
@@ -93,10 +101,16 @@ dieWithParent(process.ppid);
 async function load(request: LoadRequest): Promise<void> {
   try {
     const began = performance.now();
-    const opened = await openSession(request);
-    graph = request.manifest.graph;
-    session = opened.session;
-    reply({ type: 'ready', report: { ...opened.report, loadMs: performance.now() - began } });
+    const { opened, fallback } = await openSession(request);
+    loaded = request;
+    classifier = opened;
+    const report: SessionReport = {
+      ...opened.report,
+      ...(fallback === undefined ? {} : { fallback }),
+      selfTestError: opened.verdict,
+      loadMs: performance.now() - began,
+    };
+    reply({ type: 'ready', report });
   } catch (error) {
     const because = error instanceof Refusal ? error.because : 'bundle';
     process.send!({ type: 'refused', because, message: messageOf(error) } satisfies Reply, () =>
@@ -105,32 +119,45 @@ async function load(request: LoadRequest): Promise<void> {
   }
 }
 
-async function run({ id, windows, count }: RunRequest): Promise<void> {
+async function openExplain({ id }: OpenExplainRequest): Promise<void> {
   try {
     const began = performance.now();
-    const logits = await runGraph(session!, graph!, windows, count);
-    reply({ type: 'result', id, logits, runMs: performance.now() - began });
+    explainer = await openExplainer(classifier!.report.provider, loaded!);
+    const { report, verdict } = explainer;
+    const loadMs = performance.now() - began;
+    reply({ type: 'explain-ready', id, report: { ...report, sums: verdict, loadMs } });
+  } catch (error) {
+    const type = error instanceof Refusal ? 'explain-refused' : 'failed';
+    reply({ type, id, message: messageOf(error) });
+  }
+}
+
+async function run({ id, graph, windows, count }: RunRequest): Promise<void> {
+  try {
+    const began = performance.now();
+    const opened = graph === 'explain' ? explainer! : classifier!;
+    const outputs = await opened.run(windows, count);
+    const runMs = performance.now() - began;
+    reply({ type: 'result', id, outputs, runMs, provider: opened.report.provider });
   } catch (error) {
     reply({ type: 'failed', id, message: messageOf(error) });
   }
 }
 
-type Opened = { session: InferenceSession; report: Omit<SessionReport, 'loadMs'> };
-
 /**
  * Tries the providers in order, one session with exactly one provider each: so a provider that is away throws
  * instead of being passed over in silence.
  */
-async function openSession(request: LoadRequest): Promise<Opened> {
+async function openSession(request: LoadRequest): Promise<{ opened: Classifier; fallback?: string }> {
   const { candidates, passedOver } = plan(request);
   const reasons = [...passedOver];
   for (const provider of candidates) {
     try {
-      const opened = await openWith(provider, request);
+      const opened = await openClassifier(provider, request);
       if (provider !== 'cpu' && request.provider === 'auto' && !request.requireGpu) {
-        return await fasterOf(opened, await openWith('cpu', request));
+        return await fasterOf(opened, await openClassifier('cpu', request));
       }
-      return withFallback(opened, reasons);
+      return { opened, ...(reasons.length === 0 ? {} : { fallback: reasons.join('; ') }) };
     } catch (error) {
       if (provider === 'cpu') throw error;
       reasons.push(`${provider}: ${messageOf(error)}`);
@@ -143,20 +170,19 @@ async function openSession(request: LoadRequest): Promise<Opened> {
  * A software driver can pass for a GPU and is then a thousand times slower than the CPU provider (SwiftShader
  * took 8 s for a window of the default model), and a tiny model does not repay the way to a GPU.
  */
-async function fasterOf(gpu: Opened, cpu: Opened): Promise<Opened> {
+async function fasterOf(
+  gpu: Classifier,
+  cpu: Classifier,
+): Promise<{ opened: Classifier; fallback?: string }> {
   const { provider, msPerWindow } = gpu.report;
   if (msPerWindow < cpu.report.msPerWindow) {
-    await cpu.session.release();
-    return gpu;
+    await cpu.release();
+    return { opened: gpu };
   }
-  await gpu.session.release();
+  await gpu.release();
   const [slow, fast] = [msPerWindow, cpu.report.msPerWindow].map((ms) => ms.toPrecision(2));
-  return withFallback(cpu, [`${provider}: slower than the CPU (${slow} ms a window against ${fast})`]);
-}
-
-function withFallback(opened: Opened, reasons: readonly string[]): Opened {
-  if (reasons.length === 0) return opened;
-  return { ...opened, report: { ...opened.report, fallback: reasons.join('; ') } };
+  const fallback = `${provider}: slower than the CPU (${slow} ms a window against ${fast})`;
+  return { opened: cpu, fallback };
 }
 
 /** Which providers are worth a try. `auto` leaves out those whose libraries or devices this machine has not. */
@@ -181,159 +207,6 @@ function hasCudaLibrary(): boolean {
   return existsSync(path.join(directory, 'libonnxruntime_providers_cuda.so'));
 }
 
-async function openWith(provider: Provider, { directory, manifest, threads }: LoadRequest): Promise<Opened> {
-  const scratch = await mkdtemp(path.join(tmpdir(), 'acousticsense-profile-'));
-  const removeScratch = () => rmSync(scratch, { recursive: true, force: true });
-  process.once('exit', removeScratch);
-  let opened: InferenceSession | undefined;
-  try {
-    opened = await createSession(path.join(directory, manifest.graph.file), provider, threads, scratch);
-    checkGraph(opened, manifest);
-    await selfTest(opened, directory, manifest);
-    opened.endProfiling();
-    // Once more: the first run compiles shaders and lets arenas grow.
-    const { error: selfTestError, msPerWindow } = await selfTest(opened, directory, manifest);
-    const nodes = await nodesByProvider(scratch);
-    const own = nodes[executionProviders[provider]] ?? 0;
-    const all = Object.values(nodes).reduce((sum, count) => sum + count, 0);
-    // A few shape computations belong on the CPU with every provider; a graph that mostly runs there is no GPU run.
-    if (own * 2 <= all) throw new Error(`it ran only ${own} of ${all} graph nodes`);
-    return { session: opened, report: { provider, nodes, selfTestError, msPerWindow } };
-  } catch (error) {
-    // The CPU may be tried next in this process: what a GPU session holds must not stay beside it.
-    await opened?.release();
-    throw error;
-  } finally {
-    removeScratch();
-    process.off('exit', removeScratch);
-  }
-}
-
-async function createSession(file: string, provider: Provider, threads: number, scratch: string) {
-  try {
-    return await InferenceSession.create(file, {
-      executionProviders: [provider],
-      intraOpNumThreads: threads,
-      interOpNumThreads: 1,
-      executionMode: 'sequential',
-      logSeverityLevel: 3,
-      // Spinning threads take the CPU from decoders and other services on the same cores: on 2 busy cores it
-      // halved the throughput (docs/decisions/inference-batches.md).
-      extra: { session: { intra_op: { allow_spinning: '0' } } },
-      enableProfiling: true,
-      profileFilePrefix: path.join(scratch, 'profile'),
-    });
-  } catch (error) {
-    if (provider !== 'cpu') throw error;
-    throw new Refusal('bundle', `The model ${file} cannot be loaded by ONNX Runtime: ${messageOf(error)}`);
-  }
-}
-
-/** @throws {Refusal} naming the input or output of which graph and model.json disagree. */
-function checkGraph(opened: InferenceSession, { graph }: LoadRequest['manifest']): void {
-  const { logits, embedding } = graph.outputs;
-  checkValue('input', opened.inputMetadata, graph.input, 'uint8');
-  checkValue('output', opened.outputMetadata, logits, 'float32');
-  if (embedding) checkValue('output', opened.outputMetadata, embedding, 'float32');
-  const others = opened.inputNames.filter((name) => name !== graph.input.name);
-  if (others.length > 0)
-    throw new Refusal(
-      'bundle',
-      `The model's graph needs an input ${others[0]} that model.json does not name.`,
-    );
-}
-
-function checkValue(
-  kind: 'input' | 'output',
-  declared: readonly InferenceSession.ValueMetadata[],
-  expected: { readonly name: string; readonly shape: readonly (number | 'batch')[] },
-  type: 'uint8' | 'float32',
-): void {
-  const actual = declared.find(({ name }) => name === expected.name);
-  if (!actual?.isTensor) {
-    const names = declared.map(({ name }) => name).join(', ');
-    throw new Refusal(
-      'bundle',
-      `model.json names the ${kind} ${expected.name}; the model's graph has ${names}.`,
-    );
-  }
-  const fits =
-    actual.type === type &&
-    actual.shape.length === expected.shape.length &&
-    expected.shape.every((side, i) =>
-      side === 'batch' ? typeof actual.shape[i] === 'string' : side === actual.shape[i],
-    );
-  if (fits) return;
-  throw new Refusal(
-    'bundle',
-    `The model's ${kind} ${expected.name} is ${actual.type} ${JSON.stringify(actual.shape)}, model.json says ${type} ${JSON.stringify(expected.shape)}.`,
-  );
-}
-
-/**
- * Runs the bundle's own test.
- * @returns the largest absolute difference to the expected logits, which lies within the bundle's tolerance,
- *   and how long the run took.
- */
-async function selfTest(
-  opened: InferenceSession,
-  directory: string,
-  manifest: LoadRequest['manifest'],
-): Promise<{ error: number; msPerWindow: number }> {
-  const { input, output, tolerance } = manifest.selfTest;
-  const { shape, data } = parseNpy(await readFile(path.join(directory, input)));
-  const [count = 0, ...sides] = shape;
-  if (JSON.stringify(sides) !== JSON.stringify(manifest.graph.input.shape.slice(1))) {
-    throw new Refusal(
-      'bundle',
-      `The self-test's input ${input} has shape ${JSON.stringify(shape)}, which the model does not take.`,
-    );
-  }
-  const expected = (JSON.parse(await readFile(path.join(directory, output), 'utf8')) as number[][]).flat();
-  const began = performance.now();
-  const actual = await runGraph(opened, manifest.graph, data, count);
-  const msPerWindow = (performance.now() - began) / count;
-  if (expected.length !== actual.length) {
-    throw new Refusal(
-      'bundle',
-      `The self-test expects ${expected.length} numbers (${output}), the model gives ${actual.length}.`,
-    );
-  }
-  const error = actual.reduce((worst, value, i) => Math.max(worst, Math.abs(value - expected[i]!)), 0);
-  if (error <= tolerance) return { error, msPerWindow };
-  throw new Refusal(
-    'bundle',
-    `The model fails its self-test: its logits differ from ${output} by ${error.toPrecision(3)}, ${tolerance} is allowed.`,
-  );
-}
-
-async function runGraph(
-  opened: InferenceSession,
-  { input, outputs }: Manifest['graph'],
-  windows: Uint8Array,
-  count: number,
-): Promise<Float32Array> {
-  const [, bands, frames] = input.shape as [string, number, number];
-  const tensor = new Tensor('uint8', windows, [count, bands, frames]);
-  const results = await opened.run({ [input.name]: tensor }, [outputs.logits.name]);
-  return results[outputs.logits.name]!.data as Float32Array;
-}
-
-/** Reads ONNX Runtime's profile (Chrome trace format): one event for each kernel that ran, with its provider. */
-async function nodesByProvider(directory: string): Promise<Record<string, number>> {
-  const [file] = await readdir(directory);
-  const events = JSON.parse(await readFile(path.join(directory, file!), 'utf8')) as {
-    name: string;
-    args?: { provider?: string };
-  }[];
-  const nodes: Record<string, number> = {};
-  for (const { name, args } of events) {
-    if (!args?.provider || !name.endsWith('_kernel_time')) continue;
-    nodes[args.provider] = (nodes[args.provider] ?? 0) + 1;
-  }
-  return nodes;
-}
-
 /**
  * The channel's end is noticed between runs only. This thread sees it in a run that never ends too, so that no
  * hung process outlives a killed parent.
@@ -351,10 +224,4 @@ function dieWithParent(parent: number): void {
 
 function reply(message: Reply): void {
   if (process.connected) process.send!(message);
-}
-
-/** Without the place in ONNX Runtime's own source that begins many of its messages. */
-function messageOf(error: unknown): string {
-  const message = error instanceof Error ? error.message : String(error);
-  return message.replace(/^\S+\.(cc|h):\d+ .*? was false\. /s, '').trim();
 }

@@ -2,15 +2,27 @@ import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { existsSync } from 'node:fs';
-import { readFile, writeFile } from 'node:fs/promises';
+import { readFile, rename, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { loadBundle } from '@acousticsense/shared/bundle';
 import { InfrastructureFault, StartupError } from '@acousticsense/shared/errors';
 import { pino } from 'pino';
-import { createModelProcess, ModelProcessCrashed, type ModelProcessOptions } from './model-process.ts';
-import { distance, logitsOf, moodyChild, windowOf, writeMeansBundle } from './testing/means-model.ts';
+import {
+  CannotExplain,
+  createModelProcess,
+  ModelProcessCrashed,
+  type ModelProcessOptions,
+} from './model-process.ts';
+import {
+  attentionOf,
+  distance,
+  logitsOf,
+  moodyChild,
+  windowOf,
+  writeMeansBundle,
+} from './testing/means-model.ts';
 import { moods } from './testing/moods.ts';
 
 const log = pino({ level: 'silent' });
@@ -51,12 +63,13 @@ test('a batch comes back as the logits of its windows, and the provider is the o
   const { model } = opened;
   await model.start();
   const windows = [windowOf(0), windowOf(77), windowOf(255)];
-  const { logits, provider, runMs } = await model.run(...batchOf(...windows));
-  assert.ok(distance(logits, windows.flatMap(logitsOf)) < 1e-4);
+  const { outputs, provider, runMs } = await model.run(...batchOf(...windows));
+  assert.ok(distance(outputs.logits, windows.flatMap(logitsOf)) < 1e-4);
   assert.equal(provider, 'cpu');
   assert.ok(runMs >= 0);
   assert.equal(model.status.ready?.provider, 'cpu');
   assert.deepEqual(Object.keys(model.status.ready?.nodes ?? {}), ['CPUExecutionProvider']);
+  assert.deepEqual(model.status.ready?.strayNodes, { count: 0, names: [] });
 });
 
 test('the embedded default bundle passes its own self-test', async () => {
@@ -107,7 +120,8 @@ for (const { what, change, sentence } of [
   {
     what: 'another rank of the output',
     change: (graph) => Object.assign(graph.outputs.logits, { shape: ['batch', 1, 4] }),
-    sentence: /output logits is float32 \["batch",4\], model\.json says float32 \["batch",1,4\]/,
+    sentence:
+      /output logits of the model's graph is float32 \["batch",4\], model\.json says float32 \["batch",1,4\]/,
   },
 ] as {
   what: string;
@@ -140,9 +154,9 @@ test('on WebGPU the answers are the same, and the provider is the one that ran',
     assert.ok(model.status.ready, JSON.stringify(model.status));
     assert.ok((model.status.ready.nodes.WebGpuExecutionProvider ?? 0) > 0);
     const windows = [windowOf(0), windowOf(77)];
-    const { logits, provider } = await model.run(...batchOf(...windows));
+    const { outputs, provider } = await model.run(...batchOf(...windows));
     assert.equal(provider, 'webgpu');
-    assert.ok(distance(logits, windows.flatMap(logitsOf)) < 1e-3);
+    assert.ok(distance(outputs.logits, windows.flatMap(logitsOf)) < 1e-3);
   } finally {
     delete process.env.VK_ICD_FILENAMES;
   }
@@ -154,6 +168,12 @@ test('CUDA that cannot be used falls back to the CPU and says so', { skip: hasGp
   await opened.model.start();
   assert.equal(opened.model.status.ready?.provider, 'cpu');
   assert.match(opened.model.status.ready?.fallback ?? '', /^cuda: .*Failed to load shared library/);
+  const { count, names } = opened.model.status.ready!.strayNodes;
+  assert.equal(count, opened.model.status.ready!.nodes.CPUExecutionProvider);
+  assert.ok(
+    names.some((name) => name.startsWith('ReduceMean ')),
+    names.join(),
+  );
 });
 
 test('with REQUIRE_GPU a missing GPU is never ready, gives the reason and is tried again', {
@@ -173,6 +193,52 @@ test('with REQUIRE_GPU a missing GPU is never ready, gives the reason and is tri
   await assert.rejects(model.whenReady(1_500), InfrastructureFault);
   assert.ok(restarts >= 1);
   assert.ok(!model.status.ready);
+});
+
+test('the explain graph is opened when it is first wished for, and again in the next process', async () => {
+  await using directory = await writeMeansBundle({ full: true });
+  await using opened = await open(directory.directory);
+  const { model } = opened;
+  await model.start();
+  const explainFile = path.join(directory.directory, 'explain.onnx');
+  const report = await model.openExplainer(0);
+  assert.ok(report.sums.every((sum) => Math.abs(sum - 1) < 1e-5));
+  assert.equal(report.provider, 'cpu');
+  assert.deepEqual(Object.keys(report.nodes), ['CPUExecutionProvider']);
+  const windows = [windowOf(0), windowOf(77, 255), windowOf(255)];
+  const explained = async () => (await model.run(...batchOf(...windows), 'explain')).outputs.attention;
+  assert.ok(distance(await explained(), windows.map(attentionOf).flat(2)) < 1e-6);
+  // Open is open: its file is not read again.
+  await rename(explainFile, `${explainFile}.away`);
+  await model.openExplainer(0);
+  await rename(`${explainFile}.away`, explainFile);
+
+  const first = model.pid!;
+  process.kill(first, 'SIGKILL');
+  for (let i = 0; model.pid === first && i < 200; i += 1) await sleep(10);
+  await model.openExplainer(10_000);
+  assert.ok(distance(await explained(), windows.map(attentionOf).flat(2)) < 1e-6);
+});
+
+test('a service starts without the explain graph being opened, and classifies on when it turns out to be bad', async () => {
+  await using directory = await writeMeansBundle({
+    full: true,
+    spoil: { 'explain.onnx': () => Buffer.from('no graph at all') },
+  });
+  await using opened = await open(directory.directory);
+  const { model } = opened;
+  await model.start();
+  const { pid } = model;
+  for (let i = 0; i < 2; i += 1) {
+    await assert.rejects(model.openExplainer(0), (error) => {
+      assert.ok(error instanceof CannotExplain);
+      assert.match(error.message, /explain\.onnx cannot be loaded by ONNX Runtime/);
+      return true;
+    });
+  }
+  const { outputs } = await model.run(...batchOf(windowOf(3)));
+  assert.ok(distance(outputs.logits, logitsOf(windowOf(3))) < 1e-4);
+  assert.equal(model.pid, pid);
 });
 
 test('kill -9 in mid-run rejects the run, and another process takes over', async () => {
@@ -197,7 +263,8 @@ test('kill -9 in mid-run rejects the run, and another process takes over', async
   await model.whenReady(10_000);
   assert.notEqual(model.pid, first);
   assert.equal(restarts, 1);
-  assert.ok(distance((await model.run(...batchOf(windowOf(3)))).logits, logitsOf(windowOf(3))) < 1e-4);
+  const { outputs } = await model.run(...batchOf(windowOf(3)));
+  assert.ok(distance(outputs.logits, logitsOf(windowOf(3))) < 1e-4);
 });
 
 test('a process killed while idle is no longer ready, and comes back', async () => {

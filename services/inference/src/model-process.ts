@@ -8,7 +8,8 @@ import { createInterface } from 'node:readline';
 import type { Bundle } from '@acousticsense/shared/bundle';
 import { InfrastructureFault, StartupError } from '@acousticsense/shared/errors';
 import type { Logger } from 'pino';
-import type { LoadRequest, ProviderChoice, Reply, RunRequest, SessionReport } from './model-child.ts';
+import type { ExplainReport, LoadRequest, Reply, Request, SessionReport } from './model-child.ts';
+import type { GraphName, GraphOutputs, ProviderChoice } from './model-session.ts';
 
 export interface ModelProcessOptions {
   readonly bundle: Bundle;
@@ -25,9 +26,13 @@ export interface ModelProcessOptions {
   readonly childScript?: URL;
 }
 
-export interface BatchResult {
-  /** float32 [count, labels] */
-  readonly logits: Float32Array;
+type Answer = Extract<Reply, { type: 'explain-ready' | 'explain-refused' | 'result' }>;
+type WithoutId<R> = R extends { id: number } ? Omit<R, 'id'> : never;
+type Asked = WithoutId<Request>;
+
+export interface BatchResult<G extends GraphName> {
+  /** Each with the batch first. */
+  readonly outputs: GraphOutputs[G];
   readonly runMs: number;
   readonly provider: string;
 }
@@ -43,12 +48,21 @@ export interface ModelProcess {
   /** @throws {InfrastructureFault} with the reason, when the model is not ready within the time. */
   whenReady(withinMs: number): Promise<SessionReport>;
   /**
+   * Opens the explain graph in the present process, if it is not open yet, and proves it on the bundle's self-test.
+   * A process that dies over it is followed by another try: no window had to do with it.
+   * @throws {CannotExplain} when it will never open; {@link InfrastructureFault} when the model is not ready
+   *   within the time.
+   */
+  openExplainer(withinMs: number): Promise<ExplainReport>;
+  /**
    * Runs one batch; one at a time.
    * @param windows uint8 [count, bands, frames]
+   * @param graph `explain` needs {@link openExplainer} first.
    * @throws {ModelProcessCrashed} when the process died, hung or failed over it; {@link InfrastructureFault}
    *   when there is no process to ask.
    */
-  run(windows: Uint8Array, count: number): Promise<BatchResult>;
+  run(windows: Uint8Array, count: number): Promise<BatchResult<'classify'>>;
+  run<G extends GraphName>(windows: Uint8Array, count: number, graph: G): Promise<BatchResult<G>>;
   /** Process id of the child, while there is one. */
   readonly pid: number | undefined;
   close(): Promise<void>;
@@ -58,6 +72,13 @@ export class ModelProcessCrashed extends Error {
   override readonly name = 'ModelProcessCrashed';
 }
 
+/** The explain graph cannot be used while this service runs; classifying is not touched by it. */
+export class CannotExplain extends Error {
+  override readonly name = 'CannotExplain';
+}
+
+/** Processes that may die in a row over opening the explain graph: it may need more memory than there is. */
+const maxDeathsOpening = 3;
 const firstDelayMs = 250;
 const longestDelayMs = 30_000;
 
@@ -68,9 +89,10 @@ export function createModelProcess(options: ModelProcessOptions): ModelProcess {
   let child: ChildProcess | undefined;
   let report: SessionReport | undefined;
   let reason = 'the model is being loaded';
-  let running:
-    | { id: number; resolve: (result: BatchResult) => void; reject: (error: Error) => void }
-    | undefined;
+  let explainReport: ExplainReport | undefined;
+  let cannotExplain = bundle.manifest.graph.explain ? undefined : 'the bundle has no explain graph';
+  let deathsOpening = 0;
+  let running: { id: number; resolve: (answer: Answer) => void; reject: (error: Error) => void } | undefined;
   let deadline: NodeJS.Timeout | undefined;
   let restart: NodeJS.Timeout | undefined;
   let lastId = 0;
@@ -103,12 +125,12 @@ export function createModelProcess(options: ModelProcessOptions): ModelProcess {
     process.on('error', (error) =>
       process.pid === undefined ? ended(process, error.message) : process.kill('SIGKILL'),
     );
-    const { graph, selfTest } = bundle.manifest;
+    const { graph, selfTest, files } = bundle.manifest;
     const { provider, requireGpu, threads } = options;
     const request: LoadRequest = {
       type: 'load',
       directory: bundle.directory,
-      manifest: { graph, selfTest },
+      manifest: { graph, selfTest, files },
       provider,
       requireGpu,
       threads,
@@ -144,11 +166,13 @@ export function createModelProcess(options: ModelProcessOptions): ModelProcess {
         if (message.because === 'bundle') start.reject(new StartupError(message.message));
         abandon(from, message.message);
         return;
+      case 'explain-ready':
+      case 'explain-refused':
       case 'result':
         if (message.id !== running?.id) return;
         clearTimeout(deadline);
         failures = 0;
-        running.resolve({ logits: message.logits, runMs: message.runMs, provider: report!.provider });
+        running.resolve(message);
         running = undefined;
         return;
       case 'failed':
@@ -162,6 +186,7 @@ export function createModelProcess(options: ModelProcessOptions): ModelProcess {
     clearTimeout(deadline);
     child = undefined;
     report = undefined;
+    explainReport = undefined;
     if (!closed) reason = why;
     running?.reject(new ModelProcessCrashed(`The model's process is gone: ${why}`));
     running = undefined;
@@ -174,6 +199,58 @@ export function createModelProcess(options: ModelProcessOptions): ModelProcess {
       spawn();
     }, delay);
     start.resolve();
+  }
+
+  /** @throws as {@link ModelProcess.run}. */
+  async function ask(request: Asked, deadlineMs: number, what: string): Promise<Answer> {
+    if (!child || !report) throw new InfrastructureFault('model', `The model is not ready: ${reason}`);
+    if (running) throw new Error('a batch is already running');
+    const { promise, resolve, reject } = Promise.withResolvers<Answer>();
+    lastId += 1;
+    running = { id: lastId, resolve, reject };
+    setDeadline(child, deadlineMs, `${what} took longer than ${deadlineMs / 1_000} s`);
+    // A failed send is followed by the child's end.
+    child.send({ ...request, id: lastId } satisfies Request, () => {});
+    return promise;
+  }
+
+  async function whenReady(withinMs: number): Promise<SessionReport> {
+    if (report) return report;
+    if (closed) throw new InfrastructureFault('model', `The model is not ready: ${reason}`);
+    const { promise, resolve, reject } = Promise.withResolvers<SessionReport>();
+    readyWaiters.add(resolve);
+    const timer = setTimeout(
+      () => reject(new InfrastructureFault('model', `The model is not ready: ${reason}`)),
+      withinMs,
+    );
+    try {
+      return await promise;
+    } finally {
+      clearTimeout(timer);
+      readyWaiters.delete(resolve);
+    }
+  }
+
+  async function openExplainer(withinMs: number): Promise<ExplainReport> {
+    while (cannotExplain === undefined) {
+      await whenReady(withinMs);
+      if (explainReport) return explainReport;
+      try {
+        const answer = await ask({ type: 'open-explain' }, loadDeadlineMs, 'opening the explain graph');
+        if (answer.type === 'explain-refused') cannotExplain = answer.message;
+        if (answer.type !== 'explain-ready') break;
+        deathsOpening = 0;
+        explainReport = answer.report;
+        log.info({ child: child?.pid, ...answer.report }, 'explain graph ready');
+        return answer.report;
+      } catch (error) {
+        if (!(error instanceof ModelProcessCrashed) || closed) throw error;
+        deathsOpening += 1;
+        if (deathsOpening === maxDeathsOpening)
+          cannotExplain = `opening the explain graph failed ${deathsOpening} times: ${error.message}`;
+      }
+    }
+    throw new CannotExplain(cannotExplain);
   }
 
   async function close(): Promise<void> {
@@ -208,34 +285,18 @@ export function createModelProcess(options: ModelProcessOptions): ModelProcess {
       return child?.pid;
     },
 
-    async whenReady(withinMs) {
-      if (report) return report;
-      if (closed) throw new InfrastructureFault('model', `The model is not ready: ${reason}`);
-      const { promise, resolve, reject } = Promise.withResolvers<SessionReport>();
-      readyWaiters.add(resolve);
-      const timer = setTimeout(
-        () => reject(new InfrastructureFault('model', `The model is not ready: ${reason}`)),
-        withinMs,
-      );
-      try {
-        return await promise;
-      } finally {
-        clearTimeout(timer);
-        readyWaiters.delete(resolve);
-      }
-    },
+    whenReady,
+    openExplainer,
 
-    async run(windows, count) {
-      if (!child || !report) throw new InfrastructureFault('model', `The model is not ready: ${reason}`);
-      if (running) throw new Error('a batch is already running');
-      const process = child;
-      const { promise, resolve, reject } = Promise.withResolvers<BatchResult>();
-      lastId += 1;
-      running = { id: lastId, resolve, reject };
-      setDeadline(process, runDeadlineMs, `a batch took longer than ${runDeadlineMs / 1_000} s`);
-      // A failed send is followed by the child's end.
-      process.send({ type: 'run', id: lastId, windows, count } satisfies RunRequest, () => {});
-      return promise;
+    async run<G extends GraphName>(windows: Uint8Array, count: number, graph = 'classify' as G) {
+      const request = { type: 'run', graph, windows, count } as const;
+      const answer = await ask(request, runDeadlineMs, 'a batch');
+      if (answer.type !== 'result') throw new Error(`a batch was answered with ${answer.type}`);
+      return {
+        outputs: answer.outputs as GraphOutputs[G],
+        runMs: answer.runMs,
+        provider: answer.provider,
+      };
     },
 
     close,

@@ -6,7 +6,9 @@ import { after, before, describe, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { pathToFileURL } from 'node:url';
 import { loadBundle } from '@acousticsense/shared/bundle';
+import { explanationSchema, type JobRecord, vectorsSchema } from '@acousticsense/shared/job';
 import { createJobRecords } from '@acousticsense/shared/job-records';
+import { explanationKey, vectorsKey } from '@acousticsense/shared/object-keys';
 import { openStorage } from '@acousticsense/shared/open-storage';
 import { createQueues } from '@acousticsense/shared/queues';
 import { connectRedisForWorker } from '@acousticsense/shared/redis';
@@ -23,9 +25,12 @@ import { createModelProcess } from './model-process.ts';
 import { createInferenceStage } from './stage.ts';
 import { addDecodedJob, settled, tenant } from './testing/decoded-job.ts';
 import {
+  attentionOf,
+  embeddingOf,
   labels,
   logitsOf,
   moodyChild,
+  outlierOf,
   windowBytes,
   windowOf,
   writeMeansBundle,
@@ -33,11 +38,11 @@ import {
 import { moods } from './testing/moods.ts';
 
 /** Everything that `main.ts` wires, in this process and with a child process that has moods. */
-async function open() {
+async function open({ full = false, spoil = {} }: Parameters<typeof writeMeansBundle>[0] = {}) {
   const server = await startRedis();
   const directory = await mkdtemp(path.join(tmpdir(), 'acousticsense-objects-'));
   const storage = openStorage(pathToFileURL(directory).href);
-  const means = await writeMeansBundle();
+  const means = await writeMeansBundle({ full, spoil });
   const bundle = await loadBundle(means.directory);
   const log = pino({ level: 'silent' });
   const registry = new Registry();
@@ -75,11 +80,9 @@ async function open() {
     announcePort: () => {},
     distrust: () => {},
   };
-  const { profile, calibration, aggregation } = bundle.manifest;
   const batcher = createBatcher({
     model,
     windowBytes,
-    labels: labels.length,
     maxBatch: 8,
     maxDelayMs: 0,
     maxWindowBytes: 1_000_000,
@@ -91,7 +94,7 @@ async function open() {
     name: 'inference',
     route: { profileHash: bundle.profileHash, modelDigest: bundle.digest },
     stage: createInferenceStage({
-      manifest: { profile, calibration, aggregation },
+      manifest: bundle.manifest,
       storage,
       batcher,
       provider: () => model.status.ready?.provider ?? 'none',
@@ -223,5 +226,164 @@ describe('the inference stage', () => {
     const record = await settled(stage.records, job);
     assert.equal(record.state, 'cancelled');
     assert.equal(record.outcome, undefined);
+  });
+});
+
+describe('the inference stage with a model that embeds, explains and knows strangers', () => {
+  let stage: Awaited<ReturnType<typeof open>>;
+  before(async () => {
+    stage = await open({ full: true });
+  });
+  after(() => stage[Symbol.asyncDispose]());
+
+  const both = { explain: true, vectors: true };
+  const add = (windows: (Uint8Array | null)[], extras?: JobRecord['extras']) =>
+    addDecodedJob(stage.parts, stage.bundle, windows, extras ? { extras } : {});
+  const json = async (key: string) => JSON.parse((await stage.storage.read(key)).toString('utf8'));
+  const explanation = async (id: string) => explanationSchema.parse(await json(explanationKey(tenant, id)));
+  const vectors = async (id: string) => vectorsSchema.parse(await json(vectorsKey(tenant, id)));
+
+  test('every window heard has its outlier score in the result, and nothing is written that nobody asked for', async () => {
+    const job = await add([windowOf(30), null, windowOf(200)]);
+    const { outcome } = await settled(stage.records, job);
+    const score = (value: number) => Number(outlierOf(windowOf(value)).toFixed(4));
+    assert.deepEqual(outcome?.outliers, [score(30), null, score(200)]);
+    assert.equal(await stage.storage.stat(explanationKey(tenant, job.id)), undefined);
+    assert.equal(await stage.storage.stat(vectorsKey(tenant, job.id)), undefined);
+  });
+
+  test('attention maps of the windows heard are there when the job is completed', async () => {
+    const loud = windowOf(30);
+    loud.fill(250, 0, 64);
+    const job = await add([loud, null, windowOf(200)], { explain: true, vectors: false });
+    const { state } = await settled(stage.records, job);
+    assert.equal(state, 'completed');
+    const { windows } = await explanation(job.id);
+    assert.deepEqual(
+      windows.map(({ start, end }) => [start, end]),
+      [
+        [0, 1],
+        [2, 3],
+      ],
+    );
+    const rounded = (map: number[][]) => map.map((row) => row.map((share) => Number(share.toPrecision(4))));
+    assert.deepEqual(windows[0]?.attention, rounded(attentionOf(loud)));
+    // Row 0 is the lowest in pitch, where this window is loud.
+    assert.ok(windows[0]!.attention[0]![0]! > windows[0]!.attention[3]![0]!);
+    assert.deepEqual(windows[1]?.attention, rounded(attentionOf(windowOf(200))));
+    assert.equal(await stage.storage.stat(vectorsKey(tenant, job.id)), undefined);
+  });
+
+  test('a long recording is explained by sixteen windows from its first to its last', async () => {
+    const job = await add(
+      Array.from({ length: 40 }, (_, i) => windowOf(i)),
+      { explain: true, vectors: false },
+    );
+    await settled(stage.records, job);
+    const { windows } = await explanation(job.id);
+    assert.equal(windows.length, 16);
+    assert.equal(windows[0]?.start, 0);
+    assert.equal(windows[15]?.start, 39);
+  });
+
+  test('vectors are the exact logits, the embeddings, and their mean as the style anchor', async () => {
+    const [first, last] = [windowOf(30), windowOf(200)];
+    const job = await add([first, null, last], { explain: false, vectors: true });
+    await settled(stage.records, job);
+    const found = await vectors(job.id);
+    assert.deepEqual(found.labels, labels);
+    const [a, silent, b] = found.windows;
+    assert.deepEqual(silent, { start: 1, end: 2, logits: null, embedding: null });
+    for (const [window, answer] of [
+      [first, a],
+      [last, b],
+    ] as const) {
+      const { outputs } = await stage.model.run(window, 1);
+      assert.deepEqual(Float32Array.from(answer!.logits!), outputs.logits);
+      assert.ok(answer!.embedding!.every((value, i) => Math.abs(value - embeddingOf(window)[i]!) < 1e-6));
+    }
+    const sum = embeddingOf(first).map((value, i) => value + embeddingOf(last)[i]!);
+    const expected = sum.map((value) => value / Math.hypot(...sum));
+    assert.ok(near(found.embedding, expected), String(found.embedding));
+  });
+
+  test('a silent track has neither maps nor an anchor, and both objects say so', async () => {
+    const job = await add([null, null], both);
+    const { state, outcome } = await settled(stage.records, job);
+    assert.equal(state, 'completed');
+    assert.deepEqual(outcome?.outliers, [null, null]);
+    assert.deepEqual((await explanation(job.id)).windows, []);
+    const { embedding, windows } = await vectors(job.id);
+    assert.equal(embedding, undefined);
+    assert.deepEqual(
+      windows.map(({ logits }) => logits),
+      [null, null],
+    );
+  });
+
+  test('kill -9 while maps are drawn: the job has its result and its maps all the same', async () => {
+    const job = await add([windowOf(60, moods.slowExplaining)], both);
+    await settled(stage.records, job, ({ state }) => state === 'classifying');
+    await sleep(200);
+    process.kill(stage.model.pid!, 'SIGKILL');
+    const { state, crashes } = await settled(stage.records, job);
+    assert.equal(state, 'completed');
+    assert.equal(crashes, undefined);
+    assert.equal((await explanation(job.id)).windows.length, 1);
+  });
+
+  test('a job whose attention map kills the model is set aside, and those beside it are answered', async () => {
+    const poison = await add([windowOf(60, moods.diesExplaining)], both);
+    const others = await Promise.all([70, 80].map((value) => add([windowOf(value)], both)));
+    const failed = await settled(stage.records, poison);
+    assert.equal(failed.error?.code, 'quarantined');
+    assert.equal(failed.crashes, 2);
+    for (const job of others) {
+      assert.equal((await settled(stage.records, job)).state, 'completed');
+      assert.equal((await explanation(job.id)).windows.length, 1);
+    }
+  });
+
+  test('a job cancelled while maps are drawn leaves no object behind', async () => {
+    const job = await add([windowOf(60, moods.slowExplaining)], both);
+    await settled(stage.records, job, ({ state }) => state === 'classifying');
+    await sleep(150);
+    const ref = { tenant, jobId: job.id, generation: 1 };
+    await stage.records.commit(ref, { from: ['classifying'], to: 'cancelled' });
+    await sleep(700);
+    assert.equal((await settled(stage.records, job)).state, 'cancelled');
+    assert.equal(await stage.storage.stat(explanationKey(tenant, job.id)), undefined);
+    assert.equal(await stage.storage.stat(vectorsKey(tenant, job.id)), undefined);
+  });
+});
+
+describe('the inference stage and wishes that its model cannot grant', () => {
+  const wish = { extras: { explain: true, vectors: true } };
+
+  test('without an explain graph and an embedding there are logits, and no maps', async () => {
+    await using stage = await open();
+    const job = await addDecodedJob(stage.parts, stage.bundle, [windowOf(30), null], wish);
+    assert.equal((await settled(stage.records, job)).state, 'completed');
+    assert.equal(await stage.storage.stat(explanationKey(tenant, job.id)), undefined);
+    const text = (await stage.storage.read(vectorsKey(tenant, job.id))).toString('utf8');
+    const { embedding, windows } = vectorsSchema.parse(JSON.parse(text));
+    assert.equal(embedding, undefined);
+    assert.ok(windows[0]!.logits!.every((logit, i) => Math.abs(logit - logitsOf(windowOf(30))[i]!) < 1e-5));
+    assert.deepEqual(windows[1], { start: 1, end: 2, logits: null });
+  });
+
+  test('an explain graph that cannot be opened costs the maps, not the genre', async () => {
+    await using stage = await open({
+      full: true,
+      spoil: { 'explain.onnx': () => Buffer.from('no graph at all') },
+    });
+    const job = await addDecodedJob(stage.parts, stage.bundle, [windowOf(30)], wish);
+    const { state, outcome, crashes } = await settled(stage.records, job);
+    assert.equal(state, 'completed');
+    assert.ok(near(outcome?.windows[0], probabilitiesOf(windowOf(30))));
+    assert.equal(crashes, undefined);
+    assert.equal(stage.restarts(), 0);
+    assert.equal(await stage.storage.stat(explanationKey(tenant, job.id)), undefined);
+    assert.ok(await stage.storage.stat(vectorsKey(tenant, job.id)));
   });
 });

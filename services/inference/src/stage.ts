@@ -1,16 +1,23 @@
-/** The inference stage: the windows of one tensor -> logits -> probabilities -> the job record. */
+/**
+ * The inference stage: the windows of one tensor -> logits -> probabilities -> the job record, and beside it what the
+ * job asked for: attention maps and vectors, in objects that are there before the record says `completed`.
+ */
 import type { Manifest } from '@acousticsense/shared/bundle';
 import { InfrastructureFault, ProblemError } from '@acousticsense/shared/errors';
 import type { Decoded } from '@acousticsense/shared/job';
+import { explanationKey, vectorsKey } from '@acousticsense/shared/object-keys';
 import type { Stage, StageJob } from '@acousticsense/shared/stage';
 import { ObjectNotFound, type Storage } from '@acousticsense/shared/storage';
 import { parseNpy } from '@acousticsense/shared/tensor';
 import { aggregate } from './aggregate.ts';
 import { type Batcher, CrashedAlone, type Inferred } from './batcher.ts';
+import { explainedOf, explanationOf, vectorsOf } from './extras.ts';
+import { CannotExplain } from './model-process.ts';
+import type { GraphName, GraphOutputs } from './model-session.ts';
 
 export interface InferenceStageDeps {
-  readonly manifest: Pick<Manifest, 'profile' | 'calibration' | 'aggregation'>;
-  readonly storage: Pick<Storage, 'read'>;
+  readonly manifest: Pick<Manifest, 'profile' | 'calibration' | 'aggregation' | 'labels' | 'graph'>;
+  readonly storage: Pick<Storage, 'read' | 'put'>;
   readonly batcher: Batcher;
   /** The provider in use: what a result names when no window had to be run. */
   readonly provider: () => string;
@@ -20,6 +27,7 @@ const maxCrashes = 2;
 
 export function createInferenceStage({ manifest, storage, batcher, provider }: InferenceStageDeps): Stage {
   const { melBands, windowFrames } = manifest.profile;
+  const { outputs, explain } = manifest.graph;
   const windowBytes = melBands * windowFrames;
 
   return {
@@ -32,13 +40,38 @@ export function createInferenceStage({ manifest, storage, batcher, provider }: I
       const windows = await readWindows(decoded, signal);
       if (typeof windows === 'string') return job.sendBack(windows);
 
-      const heard = windows.filter((_, i) => !decoded.windows[i]!.silent);
+      const heard = decoded.windows.flatMap(({ silent, start, end }, i) =>
+        silent ? [] : [{ start, end, cells: windows[i]! }],
+      );
       const inferred = heard.length === 0 ? nothing() : await classify(job, heard, signal);
       let next = 0;
-      const logits = decoded.windows.map(({ silent }) => (silent ? null : inferred.logits[next++]!));
+      const answers = decoded.windows.map(({ silent }) => (silent ? null : inferred.windows[next++]!));
+      const outcome = {
+        ...aggregate(
+          answers.map((answer) => answer?.logits ?? null),
+          manifest,
+        ),
+        ...(outputs.outlier ? { outliers: answers.map((answer) => answer && outlierOf(answer)) } : {}),
+        provider: inferred.provider,
+      };
+
+      const { tenant, id, extras } = job.record;
+      const write = (key: string, value: unknown) =>
+        storage.put(key, Buffer.from(JSON.stringify(value)), signal);
+      if (extras?.vectors) {
+        const embeds = outputs.embedding !== undefined;
+        const vectors = vectorsOf(manifest.labels, decoded.windows, answers, embeds);
+        await write(vectorsKey(tenant, id), vectors);
+      }
+      if (extras?.explain && explain) {
+        const shown = explainedOf(heard);
+        const maps = await attentionOf(job, shown, signal);
+        const columns = explain.output.shape.at(-1) as number;
+        if (maps) await write(explanationKey(tenant, id), explanationOf(shown, maps, columns));
+      }
 
       await job.commit('completed', {
-        outcome: { ...aggregate(logits, manifest), provider: inferred.provider },
+        outcome,
         timings: { inferenceWait: waited, batchWait: inferred.batchWaitMs, inference: inferred.runMs },
       });
     },
@@ -61,10 +94,35 @@ export function createInferenceStage({ manifest, storage, batcher, provider }: I
     }
   }
 
-  async function classify(job: StageJob, windows: Uint8Array[], signal: AbortSignal): Promise<Inferred> {
+  function classify(job: StageJob, windows: Heard[], signal: AbortSignal): Promise<Inferred<'classify'>> {
+    return accusing(job, (alone) => batcher.submit(job.record.id, windows.map(cellsOf), { signal, alone }));
+  }
+
+  /** @returns undefined when the explain graph cannot be used: the genre is worth having without it. */
+  async function attentionOf(
+    job: StageJob,
+    windows: Heard[],
+    signal: AbortSignal,
+  ): Promise<GraphOutputs['explain'][] | undefined> {
+    if (windows.length === 0) return [];
+    const { id } = job.record;
+    const ask = (alone: boolean) => batcher.explain(id, windows.map(cellsOf), { signal, alone });
     try {
-      const alone = (job.record.crashes ?? 0) > 0;
-      return await batcher.submit(job.record.id, windows, { signal, alone });
+      return (await accusing(job, ask)).windows;
+    } catch (error) {
+      if (!(error instanceof CannotExplain)) throw error;
+      job.log.error({ reason: error.message }, 'completed without the attention maps that were asked for');
+      return undefined;
+    }
+  }
+
+  /** Runs windows of a job; one that killed the model by itself counts against it. */
+  async function accusing<G extends GraphName>(
+    job: StageJob,
+    ask: (alone: boolean) => Promise<Inferred<G>>,
+  ): Promise<Inferred<G>> {
+    try {
+      return await ask((job.record.crashes ?? 0) > 0);
     } catch (error) {
       if (!(error instanceof CrashedAlone)) throw error;
       if ((await job.recordCrash()) >= maxCrashes) {
@@ -78,9 +136,25 @@ export function createInferenceStage({ manifest, storage, batcher, provider }: I
   }
 
   /** All windows are silent: there is nothing to ask the model. */
-  function nothing(): Inferred {
-    return { logits: [], batchWaitMs: 0, runMs: 0, provider: provider() };
+  function nothing(): Inferred<'classify'> {
+    return { windows: [], batchWaitMs: 0, runMs: 0, provider: provider() };
   }
+}
+
+interface Heard {
+  readonly start: number;
+  readonly end: number;
+  /** uint8 [bands, frames] */
+  readonly cells: Uint8Array;
+}
+const cellsOf = ({ cells }: Heard) => cells;
+
+/** @throws {RangeError} on a score that is not finite: JSON would turn it into "silent". */
+function outlierOf({ outlier }: GraphOutputs['classify']): number {
+  const score = outlier?.[0];
+  if (!Number.isFinite(score))
+    throw new RangeError('the model gave an outlier score that is not a finite number');
+  return Math.round(score! * 1e4) / 1e4;
 }
 
 /** Milliseconds since acceptance that the decoder does not account for. */

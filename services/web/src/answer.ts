@@ -1,23 +1,21 @@
 /** The answer: the genre in large type, the five likeliest as bars, what is to be known about the recording. */
-import type { Job, Scored } from './api.ts';
+import type { Job, Result, Scored } from './api.ts';
 import { elements, mayMove } from './elements.ts';
 import { words } from './words.ts';
 
-const { answer, answerLabel, answerShare, answerLead, bars, warnings, facts } = elements;
+const { answer, answerLabel, answerShare, answerLead, reliability, bars, warnings, facts } = elements;
 
 export function hideAnswer(): void {
   answer.hidden = true;
 }
 
-/**
- * @param threshold the model's least confidence for an answer, where it is known
- * @returns the answer as one spoken sentence
- */
-export function showAnswer(job: Job, threshold: number | undefined): string {
-  const { top = [], uncertain = true, lead = 0 } = job.result ?? {};
-  const [first, second] = top;
+/** @returns the answer in spoken sentences */
+export function showAnswer(job: Job, result: Result): string {
+  const { top, uncertain } = result;
   answer.classList.toggle('uncertain', uncertain);
-  const spoken = showHeadline(first, second, { uncertain, lead, threshold });
+  const spoken = showHeadline(result);
+  reliability.textContent = result.reliability ? words.reliability(result.reliability.percent) : '';
+  reliability.hidden = !result.reliability;
   bars.replaceChildren(...top.map(bar));
   bars.hidden = top.length === 0;
   warnings.replaceChildren(...job.warnings.map(({ message }) => item(message)));
@@ -25,28 +23,26 @@ export function showAnswer(job: Job, threshold: number | undefined): string {
   const seconds = (Date.parse(job.updatedAt) - Date.parse(job.createdAt)) / 1000;
   facts.textContent = job.input ? words.facts(job.input, seconds) : '';
   answer.hidden = false;
-  return spoken;
+  return `${spoken} ${reliability.textContent}`.trim();
 }
 
-interface Judgement {
-  uncertain: boolean;
-  lead: number;
-  threshold: number | undefined;
-}
-
-function showHeadline(first: Scored | undefined, second: Scored | undefined, judgement: Judgement): string {
+function showHeadline(result: Result): string {
+  const [first, second] = result.top;
   answerShare.textContent = '';
   if (!first) {
     answerLabel.textContent = words.nothing;
     answerLead.textContent = words.nothingWhy;
     return `${words.nothing}. ${words.nothingWhy}`;
   }
-  if (judgement.uncertain) {
-    answerLabel.textContent = words.unsure;
-    answerLead.textContent = words.unsureWhy(first.label, first.confidence, judgement.threshold);
-    return `${words.unsure}. ${answerLead.textContent}`;
+  if (result.uncertain) {
+    const notMusic = result.uncertainBecause === 'not_music';
+    answerLabel.textContent = notMusic ? words.notMusic : words.unsure;
+    answerLead.textContent = notMusic
+      ? words.notMusicWhy(first.label, first.confidence)
+      : words.unsureWhy(first.label, first.confidence, result.threshold);
+    return `${answerLabel.textContent}. ${answerLead.textContent}`;
   }
-  const lead = second ? words.lead(judgement.lead, second.label) : '';
+  const lead = second ? words.lead(result.lead, second.label) : '';
   answerLabel.textContent = first.label;
   answerShare.textContent = words.percent(first.confidence);
   answerLead.textContent = lead;

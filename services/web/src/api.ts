@@ -25,17 +25,29 @@ interface InputFacts {
   analysedEnd: number;
 }
 
+export interface Result {
+  top: Scored[];
+  uncertain: boolean;
+  /** Present when `uncertain`. */
+  uncertainBecause?: 'silent' | 'not_music' | 'confidence';
+  lead: number;
+  /** 0..1: the least confidence that counts as an answer. */
+  threshold: number;
+  /** Of the test songs answered with about this confidence, `percent` of 100 were right. */
+  reliability?: { percent: number };
+}
+
 export interface Job {
   id: string;
   state: State;
   version: number;
   createdAt: string;
   updatedAt: string;
-  result?: { top: Scored[]; uncertain: boolean; lead: number };
+  result?: Result;
   input?: InputFacts;
   warnings: { code: string; message: string }[];
   error?: { code: string; message: string; retryable: boolean };
-  links: { self: string; events: string; spectrogram: string };
+  links: { self: string; events: string; spectrogram: string; explanation?: string; vectors?: string };
 }
 
 export interface Model {
@@ -43,9 +55,8 @@ export interface Model {
   version: string;
   labels: string[];
   provider: string;
-  /** 0..1: the least confidence that counts as an answer. */
-  threshold: number;
-  accuracy: { split: string; clips: number; top1: number };
+  calibrated: boolean;
+  accuracy: 'none' | { split: string; clips: number; top1: number };
   retention: { audioHours: number; resultDays: number };
   limits: { maxBytes: number };
 }

@@ -45,6 +45,7 @@ export const elements = {
   answerLabel: block('answer-label'),
   answerShare: block('answer-share'),
   answerLead: block('answer-lead'),
+  reliability: block('reliability'),
   bars: find('bars', HTMLOListElement),
   warnings: block('warnings'),
   facts: block('facts'),

@@ -160,7 +160,7 @@ function finish(job: Job): void {
     backToChosen(words.cancelled);
     return;
   }
-  const spoken = showAnswer(job, model?.threshold);
+  const spoken = showAnswer(job, job.result);
   enter('done');
   said.textContent = spoken;
   document.title = `${elements.answerLabel.textContent} · AcousticSense`;

@@ -20,10 +20,13 @@ export async function followModel(onKnown: (model: Model) => void): Promise<void
   }
 }
 
-function show({ name, version, provider, accuracy, labels, retention }: Model): void {
+function show({ name, version, provider, accuracy, calibrated, labels, retention }: Model): void {
   elements.modelLine.textContent = [
     words.model.line(name, version, provider),
-    words.model.accuracy(accuracy.clips, accuracy.split, accuracy.top1),
+    accuracy === 'none'
+      ? words.model.unmeasured
+      : words.model.accuracy(accuracy.clips, accuracy.split, accuracy.top1),
+    ...(calibrated ? [] : [words.model.uncalibrated]),
     words.model.genres(labels),
   ].join(' ');
   elements.kept.textContent = words.model.kept(retention.audioHours, retention.resultDays);

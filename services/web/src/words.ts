@@ -136,10 +136,11 @@ export const words = {
     'Stopped here, but the service could not be told: it may finish the analysis on its own.',
 
   unsure: 'Not sure',
-  unsureWhy: (label: string, share: number, threshold: number | undefined) =>
-    threshold !== undefined && share < threshold
-      ? `${label} comes closest with ${percent(share)}, but an answer needs ${wholePercent(threshold)}.`
-      : `${label} comes closest with ${percent(share)}, too little to call it an answer.`,
+  unsureWhy: (label: string, share: number, threshold: number) =>
+    `${label} comes closest with ${percent(share)}, but an answer needs ${wholePercent(threshold)}.`,
+  notMusic: 'Perhaps not music',
+  notMusicWhy: (label: string, share: number) =>
+    `This does not sound like the music the model was trained on. ${label} comes closest with ${percent(share)}, which means little here.`,
   nothing: 'Nothing to hear',
   nothingWhy: 'The analysed part is silent, so it has no genre.',
   lead: (lead: number, second: string) => {
@@ -155,6 +156,9 @@ export const words = {
             : 'Far ahead of';
     return `${ahead} ${second}, by ${oneDigit.format(points)} points.`;
   },
+
+  reliability: (percentRight: number) =>
+    `At this confidence the model was right in ${whole.format(percentRight)}\u00a0of\u00a0100 test songs.`,
 
   picture: (label: string | undefined) =>
     label === undefined
@@ -198,6 +202,8 @@ export const words = {
       const measured = `On ${whole.format(clips)} ${oneWord ? `${split} ` : ''}clips top-1 was ${percent(top1)}`;
       return oneWord ? `${measured}.` : `${measured} (${split}).`;
     },
+    unmeasured: 'Its accuracy was not measured.',
+    uncalibrated: 'Its confidence is not calibrated.',
     genres: (labels: string[]) => `It knows ${labels.length} genres: ${list.format(labels)}.`,
     kept: (audioHours: number, resultDays: number) => {
       const files =

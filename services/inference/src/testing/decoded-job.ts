@@ -21,7 +21,7 @@ export async function addDecodedJob(
   { records, queues, storage }: { records: JobRecords; queues: Queues; storage: Storage },
   bundle: Bundle,
   windows: readonly (Uint8Array | null)[],
-  { withTensor = true } = {},
+  { withTensor = true, extras }: { withTensor?: boolean; extras?: JobRecord['extras'] } = {},
 ): Promise<DecodedJob> {
   const { melBands, windowFrames } = bundle.manifest.profile;
   const id = randomUUIDv7();
@@ -39,6 +39,7 @@ export async function addDecodedJob(
     audio: { key: 'audio', size: 1, sha256: '', filename: 'song.wav' },
     selection: { windows: 'all' as const, start: 0 },
     presentation: { topK: 5, threshold: 0.5 },
+    ...(extras ? { extras } : {}),
   };
   if (withTensor) {
     const silence = new Uint8Array(melBands * windowFrames);

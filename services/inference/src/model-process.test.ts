@@ -2,7 +2,8 @@ import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { existsSync } from 'node:fs';
-import { readFile, rename, writeFile } from 'node:fs/promises';
+import { mkdtempDisposable, readdir, readFile, rename, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
@@ -56,6 +57,26 @@ async function gone(pid: number, withinMs = 4_000): Promise<boolean> {
   }
   return false;
 }
+
+test("the model's process runs without ONNX Runtime's telemetry client, which would keep a log", async () => {
+  await using bundle = await writeMeansBundle();
+  await using scratch = await mkdtempDisposable(path.join(tmpdir(), 'as-telemetry-'));
+  const { TMPDIR } = process.env;
+  process.env['TMPDIR'] = scratch.path;
+  try {
+    await using opened = await open(bundle.directory);
+    await opened.model.start();
+    await opened.model.run(...batchOf(windowOf(10)));
+    const written = await readdir(scratch.path);
+    assert.deepEqual(
+      written.filter((name) => /^mat-debug|\.ses$/.test(name)),
+      [],
+    );
+  } finally {
+    if (TMPDIR === undefined) delete process.env['TMPDIR'];
+    else process.env['TMPDIR'] = TMPDIR;
+  }
+});
 
 test('a batch comes back as the logits of its windows, and the provider is the one that ran', async () => {
   await using directory = await writeMeansBundle();

@@ -108,6 +108,8 @@ export function createModelProcess(options: ModelProcessOptions): ModelProcess {
     const process = fork(childScript, [], {
       serialization: 'advanced',
       execArgv: [],
+      // ONNX Runtime 1.30 carries a telemetry client that uploads over HTTPS. Nothing of this service leaves the machine.
+      env: { ...globalThis.process.env, ORT_DISABLE_TELEMETRY: '1' },
       stdio: ['ignore', 'pipe', 'pipe', 'ipc'],
     });
     child = process;

@@ -4,13 +4,24 @@ import { readFile, writeFile } from 'node:fs/promises';
 import { after, test } from 'node:test';
 import { promisify } from 'node:util';
 import { encode, ffmpeg, id3Picture, noise, sine, song, wav, writeWav } from '../../../test/audio.ts';
-import { analyse, ffmpegOptions, fineProfile, openDirectory } from './testing/setup.ts';
+import { makeGoldenPcm } from './testing/golden-pcm.ts';
+import { analyse, ccmusicProfile, ffmpegOptions, fineProfile, openDirectory } from './testing/setup.ts';
 
 const at = await openDirectory();
 after(() => at[Symbol.asyncDispose]());
 
 await writeWav(at.file('song.wav'), [song({ seconds: 40 })]);
 await encode(at.file('song.wav'), at.file('song.mp3'), '-b:a', '192k');
+
+interface StretchedGolden {
+  windowFrames: number;
+  cases: { name: string; gains: number[]; frames: number; begin: number; windows: string[] }[];
+}
+
+const readGolden = async (name: string) =>
+  JSON.parse(await readFile(new URL(`golden/${name}`, import.meta.url), 'utf8'));
+const { sines, noise: goldenNoise } = await readGolden('log-mel.golden.json');
+const stretched: StretchedGolden = await readGolden('stretched.golden.json');
 
 /** Row with the most energy in one column. */
 function loudestRow({ shape, data }: { shape: readonly number[]; data: Uint8Array }, column: number): number {
@@ -111,6 +122,69 @@ test('scope track takes the reference from the whole range', async () => {
   const window = await analyse(at.file('crescendo.wav'), { profile: fineProfile, windows: 'all' });
   assert.ok(Math.abs(window.windows[0]!.dbAt255 - (track.windows[0]!.dbAt255 - 40)) < 6);
   assert.ok(Math.max(...track.tensor.data.subarray(0, 128 * 128)) < 160);
+});
+
+for (const { name, gains, frames, begin, windows } of stretched.cases) {
+  test(`stretched windows are those of librosa and matplotlib: ${name}`, async () => {
+    const samples = (frames - 1) * 512;
+    const third = Math.ceil(samples / 3);
+    const pcm = makeGoldenPcm({ sines, noise: goldenNoise }, samples, 22_050).map(
+      (sample, n) => sample * Math.fround(gains[Math.floor(n / third)]!),
+    );
+    await writeWav(at.file('golden.wav'), [pcm], { sampleRate: 22_050, format: 'float32' });
+    const { windowFrames } = stretched;
+    const profile = { ...ccmusicProfile, windowFrames, stepFrames: windowFrames };
+    const ours = await analyse(at.file('golden.wav'), { profile, windows: 'all' });
+    assert.deepEqual(ours.tensor.shape, [windows.length, 128, windowFrames]);
+    assert.ok(Math.abs(ours.windows[0]!.start - (begin * 512) / 22_050) < 1e-6);
+    const expected = Buffer.concat(windows.map((window) => Buffer.from(window, 'base64')));
+    const difference = ours.tensor.data.map((value, i) => Math.abs(value - expected[i]!));
+    // librosa computes in 32 bits: cells on the edge of a step fall to its other side.
+    assert.ok(Math.max(...difference) <= 1, `up to ${Math.max(...difference)} levels`);
+    const share = difference.filter((value) => value > 0).length / difference.length;
+    assert.ok(share < 0.002, `${share} of the cells differ`);
+  });
+}
+
+test('what 0 and 255 mean is true of a stretched window', async () => {
+  const quiet = song({ seconds: 13, sampleRate: 22_050 }).map((sample) => sample * 0.01);
+  const tail = new Float32Array(13 * 22_050);
+  await writeWav(
+    at.file('levels.wav'),
+    [Float32Array.from([...song({ seconds: 13, sampleRate: 22_050 }), ...quiet, ...tail])],
+    { sampleRate: 22_050, format: 'float32' },
+  );
+  const of = { windows: 'all', start: 0 } as const;
+  const stretch = await analyse(at.file('levels.wav'), { profile: ccmusicProfile, ...of });
+  const profile = { ...ccmusicProfile, stretch: 'none', quantisation: 'linear-uint8' } as const;
+  const plain = await analyse(at.file('levels.wav'), { profile, ...of });
+  const decibels = ({ windows, tensor }: typeof plain, at: number) => {
+    const { dbAt0, dbAt255 } = windows[Math.floor(at / (128 * 491))]!;
+    return dbAt0 + (tensor.data[at]! / 255) * (dbAt255 - dbAt0);
+  };
+  for (let i = 0; i < stretch.tensor.data.length; i += 1) {
+    const apart = Math.abs(decibels(stretch, i) - decibels(plain, i));
+    assert.ok(apart < 0.5, `cell ${i} is ${apart} dB off`);
+  }
+  assert.ok(stretch.windows[1]!.dbAt255 < stretch.windows[0]!.dbAt255 - 30);
+  assert.ok(stretch.windows.every(({ dbAt0, dbAt255 }) => dbAt0 <= dbAt255));
+});
+
+test('ccmusic slices do not overlap, lie in the middle, and shorter audio than one is looped', async () => {
+  const { windows, codes } = await analyse(at.file('song.mp3'), { profile: ccmusicProfile, windows: 'all' });
+  assert.equal(windows.length, 3);
+  const [first, second, third] = windows;
+  assert.ok(Math.abs(second!.start - first!.end) < 1e-5 && Math.abs(third!.start - second!.end) < 1e-5);
+  assert.ok(Math.abs(first!.start - (40 - third!.end)) < 0.07, `${first!.start} and ${third!.end}`);
+  assert.deepEqual(codes, []);
+
+  const short = { profile: ccmusicProfile, windows: 'all', start: 3, duration: 9 } as const;
+  const looped = await analyse(at.file('song.mp3'), short);
+  assert.equal(looped.windows.length, 1);
+  const { validFrames } = looped.windows[0]!;
+  assert.equal(validFrames, 1 + Math.floor((9 * 22_050) / 512));
+  for (let cell = validFrames; cell < 491; cell += 1)
+    assert.equal(looped.tensor.data[cell], looped.tensor.data[cell - validFrames]);
 });
 
 test('short audio is looped and said to be short', async () => {
@@ -318,25 +392,27 @@ test('a cancelled analysis ends at once', async () => {
   );
 });
 
-test('memory does not grow with the length of the file', async () => {
-  const peak = async (minutes: number) => {
-    const file = at.file(`${minutes}.flac`);
-    await ffmpeg(
-      '-f',
-      'lavfi',
-      '-i',
-      `anoisesrc=d=${minutes * 60}:r=22050:a=0.2`,
-      '-compression_level',
-      '0',
-      file,
-    );
-    const script = new URL('testing/analyse.ts', import.meta.url).pathname;
-    const { stdout } = await promisify(execFile)(process.execPath, [script, file, 'all', 'fine']);
-    const { peakKb, shape } = JSON.parse(stdout) as { peakKb: number; shape: number[] };
-    // The child reads its tensor back to report it: that part does grow.
-    return peakKb / 1024 - (2 * shape[0]! * 128 * 128) / 2 ** 20;
-  };
-  const short = await peak(5);
-  const long = await peak(60);
-  assert.ok(long - short < 30, `${short.toFixed(0)} MB for 5 minutes, ${long.toFixed(0)} MB for 60`);
+async function longNoise(minutes: number): Promise<string> {
+  const file = at.file(`${minutes}.flac`);
+  const source = `anoisesrc=d=${minutes * 60}:r=22050:a=0.2`;
+  await ffmpeg('-f', 'lavfi', '-i', source, '-compression_level', '0', file);
+  return file;
+}
+
+/** Peak memory, in MB, of a process that analyses all windows of the file. */
+async function peakMemory(file: string, profile: string): Promise<number> {
+  const script = new URL('testing/analyse.ts', import.meta.url).pathname;
+  const { stdout } = await promisify(execFile)(process.execPath, [script, file, 'all', profile]);
+  const { peakKb, shape } = JSON.parse(stdout) as { peakKb: number; shape: number[] };
+  // The child reads its tensor back to report it: that part does grow.
+  return peakKb / 1024 - (2 * shape.reduce((product, side) => product * side)) / 2 ** 20;
+}
+
+test('memory does not grow with the length of the file, in either scope', async () => {
+  const [minutes5, minutes60] = [await longNoise(5), await longNoise(60)];
+  for (const profile of ['fine', 'ccmusic']) {
+    const [short, long] = [await peakMemory(minutes5, profile), await peakMemory(minutes60, profile)];
+    const found = `${profile}: ${short.toFixed(0)} MB for 5 minutes, ${long.toFixed(0)} MB for 60`;
+    assert.ok(long - short < 30, found);
+  }
 });

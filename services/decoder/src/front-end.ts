@@ -18,7 +18,7 @@ import { countFrames, createFrameCutter, type FrameGrid } from './frames.ts';
 import { createMelFilterbank, createPowerSpectrum, tinyPower, toDecibels } from './log-mel.ts';
 import { createSpectrogram, type Spectrogram } from './spectrogram.ts';
 import { collectWarnings, createLevelMeter, estimateBandwidth, silentDbfs } from './warnings.ts';
-import { peakOf, planWindows, quantise } from './windows.ts';
+import { decibelRange, peakOf, planWindows, quantise } from './windows.ts';
 
 /** Raised by every change of a number that the front end writes: it is part of a tensor's key. */
 export const frontEndVersion = '1';
@@ -206,7 +206,7 @@ export function createFrontEnd({
     requireAudio(job, length, report);
     const frames = countFrames(grid, length);
     sink.finish(frames, spectrogram.columnsIn(length));
-    const starts = planWindows(selection.windows, frames, windowFrames, profile.stepFrames);
+    const starts = planWindows(selection.windows, frames, profile);
     return {
       collector,
       report,
@@ -225,7 +225,7 @@ export function createFrontEnd({
   ): Promise<Pass | undefined> {
     const { file, facts, selection, signal, store, limit } = job;
     const frames = countFrames(grid, length);
-    const starts = planWindows(selection.windows, frames, windowFrames, profile.stepFrames);
+    const starts = planWindows(selection.windows, frames, profile);
     const origin = starts[0]! * hop;
     const end = Math.min((starts.at(-1)! + windowFrames) * hop, limit);
     const spectrogram = createSpectrogram(profile, spectrum, { origin, expectedSamples: end - origin });
@@ -295,25 +295,19 @@ export function createFrontEnd({
       for (const first of starts) {
         const mel = await store.read(first, validFrames);
         const reference = Math.max(profile.scope === 'track' ? collector.loudest : peakOf(mel), tinyPower);
-        quantise(mel, bytes, {
-          bands,
-          windowFrames,
-          validFrames,
-          reference,
-          floorDb: profile.floorDb,
-          power,
-        });
+        const range = decibelRange(mel, { ...profile, reference });
+        const { quantisation } = profile;
+        quantise(mel, bytes, { bands, windowFrames, validFrames, range, quantisation, power });
         await tensor.write(bytes);
         const until = Math.min(length, (first + windowFrames) * hop);
         const { peak, clippedShare } = collector.levels.between(first * hop, until);
         const peakDbfs = toDecibels(peak * peak, 2);
-        const dbAt255 = toDecibels(reference, power);
         windows.push({
           start: seconds(selection.start + (first * hop) / sampleRate),
           end: seconds(selection.start + until / sampleRate),
           validFrames,
-          dbAt0: dbAt255 + profile.floorDb,
-          dbAt255,
+          dbAt0: range.topDb - range.spanDb,
+          dbAt255: range.topDb,
           peakDbfs,
           silent: peakDbfs < silentDbfs,
         });

@@ -3,6 +3,7 @@ import { readFileSync } from 'node:fs';
 import { test } from 'node:test';
 import { countFrames, createFrameCutter } from './frames.ts';
 import { createMelFilterbank, createPowerSpectrum, type MelLayout, toDecibels } from './log-mel.ts';
+import { makeGoldenPcm } from './testing/golden-pcm.ts';
 
 interface Golden {
   sines: [number, number][];
@@ -19,17 +20,6 @@ const golden = JSON.parse(
   readFileSync(new URL('golden/log-mel.golden.json', import.meta.url), 'utf8'),
 ) as Golden;
 
-/** The formula of golden/make_golden.py. */
-function makePcm(samples: number, rate: number): Float32Array {
-  let state = 1;
-  return Float32Array.from({ length: samples }, (_, n) => {
-    state = (Math.imul(state, 1_664_525) + 1_013_904_223) >>> 0;
-    let sample = golden.noise * (state / 2 ** 31 - 1);
-    for (const [hz, level] of golden.sines) sample += level * Math.sin((2 * Math.PI * hz * n) / rate);
-    return sample;
-  });
-}
-
 for (const { name, profile, frames, decibels } of golden.cases) {
   test(`log-mel equals librosa within 0.01 dB: ${name}`, () => {
     const { sampleRate, fftSize, hopLength: hop, centered, melBands, power, samples } = profile;
@@ -42,7 +32,7 @@ for (const { name, profile, frames, decibels } of golden.cases) {
     });
 
     assert.equal(countFrames(grid, samples), frames);
-    cutter.push(makePcm(samples, sampleRate));
+    cutter.push(makeGoldenPcm(golden, samples, sampleRate));
     cutter.finish(frames);
     let worst = 0;
     for (const [i, expected] of decibels.entries()) {

@@ -5,7 +5,7 @@
 import type { Profile } from '@acousticsense/shared/bundle';
 import { createFrameCutter, type FrameCutter, type FrameGrid } from './frames.ts';
 import { createMelFilterbank, type PowerSpectrum } from './log-mel.ts';
-import { peakOf, quantise } from './windows.ts';
+import { decibelRange, peakOf, quantise } from './windows.ts';
 
 const bands = 128;
 const finestHop = 512;
@@ -77,8 +77,9 @@ export function createSpectrogram(
       const width = Math.max(1, end - first);
       const part = columns.subarray(first * bands, (first + width) * bands);
       const data = new Uint8Array(bands * width);
-      const layout = { bands, windowFrames: width, validFrames: width, floorDb, power: 2 } as const;
-      quantise(part, data, { ...layout, reference: peakOf(part) });
+      const range = decibelRange(part, { stretch: 'none', reference: peakOf(part), floorDb, power: 2 });
+      const layout = { bands, windowFrames: width, validFrames: width, power: 2 } as const;
+      quantise(part, data, { ...layout, range, quantisation: 'linear-uint8' });
       return { shape: [bands, width], data };
     },
   };

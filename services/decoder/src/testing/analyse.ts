@@ -3,14 +3,14 @@
  *
  *     node analyse.ts <file> <windows> [name of the profile]
  */
-import { analyse, defaultProfile, fineProfile } from './setup.ts';
+import { analyse, profiles } from './setup.ts';
 
-const [file, windows, profile] = process.argv.slice(2);
+const [file, windows, profile = 'default'] = process.argv.slice(2);
 try {
   const choice = windows === 'all' || windows === 'middle' ? windows : Number(windows);
   const { tensor } = await analyse(file!, {
     windows: choice,
-    profile: profile === 'fine' ? fineProfile : defaultProfile,
+    profile: profiles[profile as keyof typeof profiles],
   });
   console.log(JSON.stringify({ shape: tensor.shape, peakKb: process.resourceUsage().maxRSS }));
 } catch (error) {

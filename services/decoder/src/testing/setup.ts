@@ -1,8 +1,9 @@
 /** What the decoder's tests share: the default model's profile, real ffmpeg, a directory that goes away. */
+import { readFileSync } from 'node:fs';
 import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
-import type { Profile } from '@acousticsense/shared/bundle';
+import { type Profile, profileSchema } from '@acousticsense/shared/bundle';
 import type { Selection } from '@acousticsense/shared/job';
 import { parseNpy } from '@acousticsense/shared/tensor';
 import { loadConfig } from '../config.ts';
@@ -44,6 +45,12 @@ export const fineProfile: Profile = {
   padMode: 'zero',
   floorDb: -80,
 };
+
+const shipped = new URL('../../../../models/profiles/ccmusic-mel.json', import.meta.url);
+/** The shipped front end of the seed's checkpoint: slices of 11.4 s, reference over the track, each slice stretched. */
+export const ccmusicProfile: Profile = profileSchema.parse(JSON.parse(readFileSync(shipped, 'utf8')).profile);
+
+export const profiles = { default: defaultProfile, fine: fineProfile, ccmusic: ccmusicProfile };
 
 export const ffmpegOptions: FfmpegOptions = loadConfig({}).ffmpeg;
 

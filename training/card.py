@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +23,14 @@ def _figures_table(rows: list[tuple[str, metrics.Figures]]) -> str:
     return "\n".join(lines)
 
 
-def _recall_table(scores: metrics.F64, label: npt.NDArray[np.int64], run: dict[str, Any]) -> str:
+def _recall_table(
+    scores: metrics.F64, label: npt.NDArray[np.int64], run: dict[str, Any], names: Sequence[str]
+) -> str:
     best = scores.argmax(axis=1)
     lines = ["| genre | training clips | validation clips | recall % | precision % | most often taken for |",
              "|---|---:|---:|---:|---:|---|"]
     table = metrics.confusion(scores, label)
-    for c, name in enumerate(labels.LABELS):
+    for c, name in enumerate(names):
         total = int(table[c].sum())
         if total == 0:
             continue
@@ -36,17 +38,19 @@ def _recall_table(scores: metrics.F64, label: npt.NDArray[np.int64], run: dict[s
         precision = _percent(table[c, c] / answered) if answered else "-"
         wrong = table[c].copy()
         wrong[c] = 0
-        other = f"{labels.LABELS[int(wrong.argmax())]} ({int(wrong.max())})" if wrong.max() else "-"
+        other = f"{names[int(wrong.argmax())]} ({int(wrong.max())})" if wrong.max() else "-"
         count = run.get("trainClipsByGenre", {}).get(name, "")
         lines.append(f"| {name} | {count} | {total} | {_percent(table[c, c] / total)} | {precision} | {other} |")
     return "\n".join(lines)
 
 
-def _confusion_text(scores: metrics.F64, label: npt.NDArray[np.int64]) -> str:
+def _confusion_text(
+    scores: metrics.F64, label: npt.NDArray[np.int64], names: Sequence[str]
+) -> str:
     table = metrics.confusion(scores, label)
-    short = [name[:5] for name in labels.LABELS]
+    short = [name[:5] for name in names]
     lines = ["true \\ answer " + " ".join(f"{s:>5s}" for s in short)]
-    for c, name in enumerate(labels.LABELS):
+    for c, name in enumerate(names):
         cells = " ".join(f"{v:5d}" if v else "    ." for v in table[c])
         lines.append(f"{name:<13s} {cells}")
     return "\n".join(lines)
@@ -68,12 +72,69 @@ def _robustness(run: dict[str, Any]) -> str:
     rows = run.get("robustness")
     if not rows:
         return ""
-    table = _figures_table([(name, f) for name, f in rows.items()])
+    lines = ["| | top-1 % | top-3 % | mean recall % | GTZAN top-1 % | FMA top-1 % |",
+             "|---|---:|---:|---:|---:|---:|"]
+    for name, f in rows.items():
+        parts = " | ".join(_percent(f["bySource"][part]["top1"]) for part in ("gtzan", "fma"))
+        lines.append(f"| {name} | {_percent(f['top1'])} | {_percent(f['top3'])} | "
+                     f"{_percent(f['meanRecall'])} | {parts} |")
+    table = "\n".join(lines)
     return (
         "## Short and low-passed music\n"
         "The same validation clips, only their first seconds, looped to a window as the\n"
         f"service loops:\n\n{table}\n\n"
     )
+
+
+def _not_music(run: dict[str, Any]) -> str:
+    """The section on what is no music, where outliers.py was run."""
+    found = run.get("outlier")
+    if not found:
+        return ""
+    lines = ["| synthesised | clips | confident genre before % | confident genre after % | noticed % | noticed, had the kind been unknown % |",
+             "|---|---:|---:|---:|---:|---:|"]
+    for name, k in found["kinds"].items():
+        unseen = k.get("flaggedWhenUnseen")
+        lines.append(f"| {name} | {k['n']} | {_percent(k['confidentBefore'])} | {_percent(k['confidentAfter'])} | "
+                     f"{_percent(k['flagged'])} | {'-' if unseen is None else _percent(unseen)} |")
+    music = ["| music | clips | wrongly called no music % |", "|---|---:|---:|"]
+    for name, k in found["music"].items():
+        music.append(f"| {name} | {k['n']} | {_percent(k['flagged'])} |")
+    missed = ", ".join(n for n, k in found["kinds"].items() if k.get("flaggedWhenUnseen", 1.0) < 0.6)
+    table, false_alarms = "\n".join(lines), "\n".join(music)
+    return f"""## Not music
+A network that knows fifteen genres answers one of them to anything. The graph's `outlier`
+output (training/outliers.py) tells what is not like the music it was trained on; above
+{found['threshold']:g} the answer is `uncertain`. Synthesised audio, never a recording; "confident" is a
+genre at {found['confident']:g} or more:
+
+{table}
+
+{false_alarms}
+
+The last column of the first table says what happens with a kind that the detector was
+not shown: {missed} would pass for music. Expect as much of what nobody thought
+of (real crowds, animals, machines, sung speech), and of real speech less than of
+espeak-ng's.
+
+"""
+
+
+def _commands(run: dict[str, Any]) -> str:
+    """How train.py was called, first stage first."""
+    stages = [run]
+    while stages[0].get("init"):
+        stages.insert(0, stages[0]["init"])
+    lines = []
+    for i, stage in enumerate(stages):
+        options = stage["settings"]
+        changed = " ".join(
+            f"--{key.replace('_', '-')} {options[key]:g}" for key in stage.get("nonDefault", [])
+        )
+        begin = f"--init RUN{i} " if i else ""
+        lines.append(f"python training/train.py --data DIR --out RUN{i + 1} {begin}{changed}".strip()
+                     + f"   # {stage['epochsDone']} epochs, {stage['minutes']:.0f} minutes")
+    return "\n".join(lines)
 
 
 def _source(run: dict[str, Any]) -> str:
@@ -95,10 +156,56 @@ a check, no proof.
 """
 
 
+def _calibration(manifest: dict[str, Any], scores: metrics.F64, label: npt.NDArray[np.int64]) -> str:
+    calibration = manifest["calibration"]
+    return f"""One temperature, {calibration['temperature']}, fitted on the validation clips; it is in `model.json`, the
+graph's logits are raw. Expected calibration error (15 bins): {calibration['eceBefore']:.3f} before,
+{calibration['ece']:.3f} after, on the clips it was fitted on.
+
+![How often the answer was right at each confidence](reliability.png)
+![Precision against coverage](coverage.png)
+
+{_coverage_table(scores, label)}
+
+Default threshold for `uncertain`: {manifest['threshold']}, the smallest multiple of 0.05 above which at least
+two answers in three were right on validation."""
+
+
+def write_own(
+    *, manifest: dict[str, Any], run: dict[str, Any], scores: metrics.F64,
+    label: npt.NDArray[np.int64],
+) -> str:
+    """The card of a network that somebody trained on audio of their own: its figures. What
+    the recordings are, and who may use what was learned from them, only they can add."""
+    names = manifest["labels"]
+    return f"""# Model card: {manifest['name']} {manifest['version']}
+
+Labels: {', '.join(names)}. {run['trainClips']} training windows, {run['validClips']} validation windows.
+
+```
+{_commands(run)}
+```
+On {run['machine']} (PyTorch {run['torch']}).
+
+## How good it is
+{_figures_table([("validation", metrics.figures(scores, label))])}
+
+{_recall_table(scores, label, run, names)}
+
+![Confusion matrix](confusion.png)
+
+```
+{_confusion_text(scores, label, names)}
+```
+
+## Calibration
+{_calibration(manifest, scores, label)}
+"""
+
+
 def write(
     *, manifest: dict[str, Any], run: dict[str, Any], scores: metrics.F64,
-    label: npt.NDArray[np.int64], source: npt.NDArray[np.int64], ece_before: float,
-    size_mb: float, ms_per_window: float, preliminary: bool,
+    label: npt.NDArray[np.int64], source: npt.NDArray[np.int64], size_mb: float, ms_per_window: float, preliminary: bool,
 ) -> str:
     """The card as Markdown. ``scores``: calibrated probabilities [n, classes]."""
     sources = metrics.by_source(scores, label, source)
@@ -111,22 +218,22 @@ def write(
     rows = [("all", metrics.figures(scores, label)), ("GTZAN", sources["gtzan"]),
             ("FMA", sources["fma"]), ("five shared genres, GTZAN", shared["gtzan"]),
             ("five shared genres, FMA", shared["fma"])]
-    calibration = manifest["calibration"]["temperature"]
     notice = (
         "\n> **Preliminary**: exported from an unfinished or early run so that the "
         "pipeline has a trained model. It is replaced by the final one.\n"
         if preliminary else ""
     )
     options = run["settings"]
-    changed = " ".join(
-        f"--{key.replace('_', '-')} {options[key]:g}" for key in run.get("nonDefault", [])
-    )
-    command = f"python training/train.py --data DIR --out RUN {changed}".strip()
     share = float(options.get("teacher_share", 0.0))
     teacher = (
         f" Targets: {_percent(1 - share)} % the clip's label (smoothed), {_percent(share)} % the\n"
         "held-out answer of a classical classifier (training/teacher.py)."
         if share > 0 else ""
+    )
+    tags = (
+        f" Beside the genre it learned to\nname {len(labels.TAGS)} of FMA's tags, also on {run['unlabelledClips']} clips without a target\n"
+        "genre (Experimental, Instrumental)."
+        if run.get("unlabelledClips") else ""
     )
     test_sizes = sorted((int((label == c).sum()), n) for c, n in enumerate(labels.LABELS))
     smallest = ", ".join(f"{n} ({k})" for k, n in test_sizes[:4])
@@ -160,13 +267,16 @@ Labels: {', '.join(labels.LABELS)}.
 
 ## How it was trained
 ```
-{command}
-python training/export.py --run RUN --out models/default
+{_commands(run)}
 ```
-{run['epochsDone']} epochs in {run['minutes']:.0f} minutes on {run['machine']} (PyTorch {run['torch']}), no GPU. The processor was
-shared with other work.{teacher} Random crops of 3 to 30 s (looped to 30 s, as the service
+On {run['machine']} (PyTorch {run['torch']}); the processor was
+shared with other work.{teacher}{tags}
+`python training/make_default.py --data DIR --audio AUDIO` does all of it, the measurements and the export.
+Random crops of 3 to 30 s (looped to 30 s, as the service
 loops short input), random equaliser, contrast, row shift, blur, low-pass, noise floor,
-masks, mixing of two clips, square-root class balancing, label smoothing. The weights
+masks, mixing of two clips, rare genres drawn more often (chance of a genre: clips to the
+power of {options['balance']:g}), label smoothing. Afterwards the genre prior that this taught was levelled
+to clips to the power of {run.get('prior', options['balance']):g} (a catalogue is not mixed like the training data). The weights
 are the exponential average at the end of the schedule; **no epoch was picked by its
 validation figure**.
 
@@ -180,29 +290,24 @@ Floor (support-vector machine on cepstral statistics, same data): top-1 52.4 %, 
 {gap:+.1f} points from GTZAN's: that much of the difference is the source and not the
 genre (and partly the mix of the five genres, which differs).
 
-{_recall_table(scores, label, run)}
+{_recall_table(scores, label, run, labels.LABELS)}
 
 The rare genres are measured on few clips ({smallest}): one clip more or less
 moves their recall by several points.
 
+![Confusion matrix](confusion.png)
+
 ```
-{_confusion_text(scores, label)}
+{_confusion_text(scores, label, labels.LABELS)}
 ```
 
 ## Calibration
-One temperature, {calibration}, fitted on the validation clips; it is in `model.json`, the
-graph's logits are raw. Expected calibration error (15 bins): {ece_before:.3f} before,
-{manifest['accuracy']['ece']:.3f} after, on the clips it was fitted on.
+{_calibration(manifest, scores, label)}
 
-{_coverage_table(scores, label)}
-
-Default threshold for `uncertain`: {manifest['threshold']}, the smallest multiple of 0.05 above which at least
-two answers in three were right on validation.
-
-{_source(run)}{_robustness(run)}## Known failures and limits
+{_not_music(run)}{_source(run)}{_robustness(run)}## Known failures and limits
 - Seldom recognised (recall): {weak}. The confusions above say what they are taken for.
-- It always answers with one of its genres. Speech, noise, tones and silence are not
-  recognised as "not music"; no out-of-distribution score is part of this version.
+- It always ranks its genres, whatever it hears; only `uncertain` says that it should not
+  be believed. What is no music passes for music where the table above says so.
 - Pop is whatever FMA's artists and GTZAN called so, and it runs into Rock, Electronic
   and Folk. Genre names of FMA were given by the artists: part of the "errors" are
   disagreements about words.

@@ -1,8 +1,8 @@
 """Turns a training run into a model bundle.
 
-``python training/export.py --run RUN --out models/default`` writes model.onnx,
-model.json, the numeric self-test and MODEL_CARD.md. All figures come from the
-run's own validation logits; nothing is entered by hand.
+``python training/export.py --run RUN --out models/default`` writes the two graphs over
+one weights file, model.json, the numeric self-test, MODEL_CARD.md and its pictures. All
+figures come from the run's own files; nothing is entered by hand.
 """
 
 from __future__ import annotations
@@ -13,23 +13,27 @@ import json
 import statistics as stats
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnxruntime
 import torch
 from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import card
+import figures
+import graphs
 import labels
 import metrics
 import prepare
-from model import IMAGE_SIZE, GenreViT, ModelConfig
+from model import GRID, IMAGE_SIZE, GenreViT, ModelConfig, roll_out
+from outliers import OutlierScore, load_score
 
-VERSION = "0.1.0"
-OPSET = 18
+NAME = "acousticsense-default"
+VERSION = "0.2.0"
 LICENCE = (
     "Weights: under the licence of this project. The training recordings are not "
     "part of the bundle; see provenance for their terms."
@@ -44,6 +48,20 @@ PROVENANCE = (
     "holds a recording of it. Whoever needs a model with cleared rights should bring "
     "their own bundle."
 )
+TAXONOMY = {
+    "Roots": ["Blues", "Country", "Folk"],
+    "Classical": ["Classical"],
+    "Jazz": ["Jazz"],
+    "Pop and dance": ["Disco", "Electronic", "Pop"],
+    "Hip-Hop and Rap": ["Hip-Hop", "Rap"],
+    "Rock and Metal": ["Metal", "Rock"],
+    "World": ["Latin", "Reggae", "World"],
+}
+MISSING = [{
+    "label": "R&B",
+    "reason": "Neither collection that the model was trained on holds a recording of it, and "
+              "a label that was never trained would be an invention.",
+}]
 
 
 def profile() -> dict[str, Any]:
@@ -55,9 +73,9 @@ def profile() -> dict[str, Any]:
         "melScale": "slaney", "melNorm": "slaney", "melBands": prepare.BANDS,
         "minHz": 0, "maxHz": prepare.SAMPLE_RATE // 2,
         "reference": "max", "scope": "window", "floorDb": int(prepare.FLOOR_DB),
-        "quantisation": "linear-uint8",
+        "stretch": "none", "quantisation": "linear-uint8",
         "windowFrames": prepare.FRAMES, "stepFrames": prepare.FRAMES // 2,
-        "shortInput": "loop",
+        "placement": "anchored", "shortInput": "loop",
     }
 
 
@@ -95,44 +113,38 @@ def self_test_windows() -> npt.NDArray[np.uint8]:
     return np.clip(np.rint(out), 0, 255).astype(np.uint8)
 
 
-def export_onnx(model: GenreViT, path: Path) -> None:
-    """Writes the graph with its weights in one file; the batch is free."""
-    example = torch.from_numpy(self_test_windows())
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    program = torch.onnx.export(
-        model, (example,), input_names=["windows"], output_names=["logits", "embedding"],
-        dynamic_shapes={"windows": {0: batch}}, opset_version=OPSET, dynamo=True,
-        external_data=False, verbose=False,
-    )
-    assert program is not None
-    program.save(str(path), external_data=False)
-    graph = onnx.load(str(path))
-    # Paths and source lines of the exporting machine are of no use to a reader.
-    for node in graph.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for value in (*graph.graph.value_info, *graph.graph.initializer,
-                  *graph.graph.input, *graph.graph.output):
-        del value.metadata_props[:]
-        value.doc_string = ""
-    del graph.graph.metadata_props[:]
-    del graph.metadata_props[:]
-    graph.doc_string = ""
-    # Readers older than the writing library accept this version.
-    graph.ir_version = min(graph.ir_version, 10)
-    onnx.checker.check_model(graph)
-    onnx.save(graph, str(path))
+class ExportedForm(nn.Module):
+    """The network as the service runs it: windows uint8 [n, 128, 128] -> logits [n, classes],
+    embedding [n, dim], outlier [n], attention [n, 14, 14]."""
+
+    OUTPUTS = ("logits", "embedding", "outlier", "attention")
+
+    def __init__(self, model: GenreViT, score: OutlierScore) -> None:
+        super().__init__()
+        self.model = model
+        self.score = score
+
+    def forward(self, windows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        common = self.model.common(windows)
+        found = self.model.features(common)
+        embedding = F.normalize(found.pooled, dim=1)
+        logits = self.model.head(F.gelu(found.pooled))
+        outlier = self.score(found.measured)
+        return logits, embedding, outlier, roll_out(found.attention)
 
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def milliseconds_per_window(path: Path) -> float:
-    """Median time for one window on one thread."""
+def open_graph(path: Path, threads: int = 1) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    network = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+
+
+def milliseconds_per_window(network: onnxruntime.InferenceSession) -> float:
+    """Median time for one window on one thread."""
     one = self_test_windows()[:1]
     times = []
     for _ in range(40):
@@ -140,6 +152,119 @@ def milliseconds_per_window(path: Path) -> float:
         network.run(None, {"windows": one})
         times.append((time.perf_counter() - begin) * 1000)
     return stats.median(times[5:])
+
+
+def load_run(run: Path) -> tuple[ExportedForm, dict[str, Any]]:
+    """The trained network with its outlier score, and all that the run says of itself."""
+    saved = torch.load(run / "model.pt", weights_only=True)
+    facts: dict[str, Any] = json.loads((run / "run.json").read_text())
+    for extra in ("robustness", "source", "outlier", "audio"):
+        path = run / f"{extra}.json"
+        if path.exists():
+            facts[extra] = json.loads(path.read_text())
+    model = GenreViT(ModelConfig.from_dict(saved["config"]))
+    model.load_state_dict(saved["state"])
+    return ExportedForm(model, load_score(run / "outlier.pt")).eval(), facts
+
+
+def write_graphs(form: ExportedForm, out: Path) -> npt.NDArray[np.float32]:
+    """Both graphs and the weights; checks them against PyTorch, alone and in a batch.
+
+    Returns the logits of the self-test's windows.
+    """
+    windows = self_test_windows()
+    outputs = form.OUTPUTS
+    graph = graphs.export(form, torch.from_numpy(windows), "windows", outputs)
+    graphs.split(graph, {"model.onnx": outputs[:3], "explain.onnx": outputs[3:]}, out)
+    with torch.no_grad():
+        expected = [value.numpy() for value in form(torch.from_numpy(windows))]
+    found: list[npt.NDArray[np.float32]] = []
+    for name, names in (("model.onnx", outputs[:3]), ("explain.onnx", outputs[3:])):
+        network = open_graph(out / name)
+        together = network.run(list(names), {"windows": windows})
+        alone = network.run(list(names), {"windows": windows[1:]})
+        for both, one in zip(together, alone):
+            worst = float(np.abs(both - expected[len(found)]).max())
+            worst = max(worst, float(np.abs(one - both[1:]).max()))
+            if not worst <= 1e-3:
+                raise SystemExit(f"the graph's {outputs[len(found)]} differs from the network's by {worst:.2g}")
+            found.append(both)
+    return found[0]
+
+
+def calibrate(
+    logits: npt.NDArray[np.float32], label: npt.NDArray[np.int64]
+) -> tuple[dict[str, Any], metrics.F64]:
+    """model.json's ``calibration``, and the calibrated probabilities [n, classes]."""
+    temperature = round(fit_temperature(logits, label), 4)
+    before, after = metrics.softmax(logits), metrics.softmax(logits, temperature)
+    return {
+        "method": "temperature", "temperature": temperature,
+        "data": "the validation clips, one window of 30 s each", "clips": len(label),
+        "eceBefore": round(metrics.calibration_error(before, label), 4),
+        "ece": round(metrics.calibration_error(after, label), 4),
+        "reliability": metrics.reliability(after, label),
+    }, after
+
+
+def rounded(f: metrics.Figures) -> dict[str, Any]:
+    return {k: v if k == "clips" else round(float(v), 4) for k, v in f.items()}  # type: ignore[arg-type]
+
+
+def manifest_of(
+    form: ExportedForm, names: Sequence[str], calibration: dict[str, Any],
+    probability: metrics.F64, label: npt.NDArray[np.int64], source: npt.NDArray[np.int64],
+    version: str, outlier_threshold: float,
+) -> dict[str, Any]:
+    """model.json without the hashes of its files."""
+    config = form.model.config
+    overall = metrics.figures(probability, label)
+    ours = tuple(names) == labels.LABELS
+    return {
+        "format": 1, "name": NAME if ours else "own", "version": version,
+        "licence": LICENCE if ours else "not stated",
+        "provenance": PROVENANCE if ours else "Trained with this project's training/train.py on its user's audio.",
+        "labels": list(names),
+        **({"taxonomy": TAXONOMY, "missing": MISSING} if ours else {}),
+        "profile": profile(),
+        "graph": {
+            "file": "model.onnx",
+            "input": {"name": "windows", "shape": ["batch", prepare.BANDS, prepare.FRAMES],
+                      "type": "uint8"},
+            "outputs": {
+                "logits": {"name": "logits", "shape": ["batch", len(names)]},
+                "embedding": {"name": "embedding", "shape": ["batch", config.dim]},
+                "outlier": {"name": "outlier", "shape": ["batch"]},
+            },
+            "explain": {"file": "explain.onnx",
+                        "output": {"name": "attention", "shape": ["batch", GRID, GRID]}},
+            "precision": "fp32",
+            "imageSize": IMAGE_SIZE,
+            "colour": "no colour map; rows smeared to the form the network was trained on, "
+                      "re-referenced to the loudest cell, scaled to 0-1; two channels: that, "
+                      "and that less each row's mean over time",
+            "resize": "bilinear",
+            "mean": [config.mean, 0], "std": [config.std, round(config.std / 2, 5)],
+        },
+        "windows": "middle",
+        "aggregation": "mean",
+        "calibration": calibration,
+        "threshold": pick_threshold(probability, label),
+        "outlierThreshold": outlier_threshold,
+        "accuracy": {
+            "split": "validation",
+            **rounded(overall),
+            "bySource": {k: rounded(v) for k, v in metrics.by_source(probability, label, source).items()},
+            "perGenreRecall": {
+                k: round(v, 4) for k, v in metrics.recall_by_genre(probability, label, names).items()
+            },
+            "ece": calibration["ece"],
+        },
+        "selfTest": {"input": "self-test.npy", "output": "self-test-logits.json", "tolerance": 1e-3},
+    }
+
+
+BUNDLE_FILES = ("model.onnx", "explain.onnx", "weights.bin", "self-test.npy", "self-test-logits.json")
 
 
 def main() -> None:
@@ -151,100 +276,40 @@ def main() -> None:
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    saved = torch.load(args.run / "model.pt", weights_only=True)
-    run: dict[str, Any] = json.loads((args.run / "run.json").read_text())
-    for extra in ("robustness", "source"):
-        path = args.run / f"{extra}.json"
-        if path.exists():
-            run[extra] = json.loads(path.read_text())
-    config = ModelConfig.from_dict(saved["config"])
-    model = GenreViT(config)
-    model.load_state_dict(saved["state"])
-    model.eval()
-
-    onnx_path = args.out / "model.onnx"
-    export_onnx(model, onnx_path)
-    windows = self_test_windows()
-    network = onnxruntime.InferenceSession(str(onnx_path), providers=["CPUExecutionProvider"])
-    logits, embedding = network.run(["logits", "embedding"], {"windows": windows})
-    with torch.no_grad():
-        expected, expected_embedding = model(torch.from_numpy(windows))
-    worst = float(np.abs(logits - expected.numpy()).max())
-    worst_embedding = float(np.abs(embedding - expected_embedding.numpy()).max())
-    lone = network.run(["logits"], {"windows": windows[1:]})[0]
-    if max(worst, worst_embedding, float(np.abs(lone - logits[1:]).max())) > 1e-3:
-        raise SystemExit(f"the exported graph differs from the network by {worst:.2g}")
-    np.save(args.out / "self-test.npy", windows)
+    form, run = load_run(args.run)
+    names = run.get("labels", list(labels.LABELS))
+    logits = write_graphs(form, args.out)
+    np.save(args.out / "self-test.npy", self_test_windows())
     (args.out / "self-test-logits.json").write_text(
         json.dumps([[round(float(v), 6) for v in row] for row in logits]) + "\n"
     )
 
     with np.load(args.run / "valid.npz") as z:
         valid_logits, label, source = z["logits"], z["label"], z["source"]
-    temperature = round(fit_temperature(valid_logits, label), 4)
-    before = metrics.softmax(valid_logits)
-    after = metrics.softmax(valid_logits, temperature)
-    threshold = pick_threshold(after, label)
-    overall = metrics.figures(after, label)
-    sources = metrics.by_source(after, label, source)
-    ece_before = metrics.calibration_error(before, label)
-    ece = metrics.calibration_error(after, label)
-
-    def rounded(f: metrics.Figures) -> dict[str, Any]:
-        return {k: v if k == "clips" else round(float(v), 4) for k, v in f.items()}  # type: ignore[arg-type]
-
-    files = {n: sha256(args.out / n) for n in ("model.onnx", "self-test.npy", "self-test-logits.json")}
-    manifest = {
-        "format": 1,
-        "name": "acousticsense-default",
-        "version": VERSION + ("-preliminary" if args.preliminary else ""),
-        "licence": LICENCE,
-        "provenance": PROVENANCE,
-        "labels": list(labels.LABELS),
-        "profile": profile(),
-        "graph": {
-            "file": "model.onnx",
-            "input": {"name": "windows", "shape": ["batch", prepare.BANDS, prepare.FRAMES],
-                      "type": "uint8"},
-            "outputs": {
-                "logits": {"name": "logits", "shape": ["batch", len(labels.LABELS)]},
-                "embedding": {"name": "embedding", "shape": ["batch", config.dim]},
-            },
-            "imageSize": IMAGE_SIZE,
-            "colour": "no colour map; rows smeared to the form the network was trained on, "
-                      "re-referenced to the loudest cell, scaled to 0-1; two channels: that, "
-                      "and that less each row's mean over time",
-            "resize": "bilinear",
-            "mean": [config.mean, 0], "std": [config.std, round(config.std / 2, 5)],
-        },
-        "aggregation": "mean",
-        "calibration": {"method": "temperature", "temperature": temperature},
-        "threshold": threshold,
-        "accuracy": {
-            "split": "validation",
-            "clips": overall["clips"],
-            "top1": round(overall["top1"], 4), "top3": round(overall["top3"], 4),
-            "meanRecall": round(overall["meanRecall"], 4),
-            "bySource": {k: rounded(v) for k, v in sources.items()},
-            "perGenreRecall": {k: round(v, 4) for k, v in metrics.recall_by_genre(after, label).items()},
-            "ece": round(ece, 4),
-        },
-        "selfTest": {"input": "self-test.npy", "output": "self-test-logits.json", "tolerance": 1e-3},
-        "files": files,
-    }
+    calibration, probability = calibrate(valid_logits, label)
+    manifest = manifest_of(
+        form, names, calibration, probability, label, source,
+        VERSION + ("-preliminary" if args.preliminary else ""), float(run["outlier"]["threshold"]),
+    )
+    manifest["files"] = {name: sha256(args.out / name) for name in BUNDLE_FILES}
     (args.out / "model.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
-    size = onnx_path.stat().st_size / 1e6
-    speed = milliseconds_per_window(onnx_path)
-    (args.out / "MODEL_CARD.md").write_text(card.write(
-        manifest=manifest, run=run, scores=after, label=label, source=source,
-        ece_before=ece_before, size_mb=size, ms_per_window=speed,
-        preliminary=args.preliminary,
-    ))
-    print(f"top-1 {overall['top1']:.3f}  top-3 {overall['top3']:.3f}  mean recall "
-          f"{overall['meanRecall']:.3f}  ECE {ece_before:.3f} -> {ece:.3f} (T {temperature})  "
-          f"threshold {threshold}  {size:.1f} MB  {speed:.1f} ms/window  "
-          f"graph against network {worst:.1e}")
+    figures.draw_all(probability, label, args.out, manifest["threshold"], names)
+    size = sum((args.out / name).stat().st_size for name in BUNDLE_FILES) / 1e6
+    speed = milliseconds_per_window(open_graph(args.out / "model.onnx"))
+    if manifest["name"] == NAME:
+        text = card.write(
+            manifest=manifest, run=run, scores=probability, label=label, source=source,
+            size_mb=size, ms_per_window=speed, preliminary=args.preliminary,
+        )
+    else:
+        text = card.write_own(manifest=manifest, run=run, scores=probability, label=label)
+    (args.out / "MODEL_CARD.md").write_text(text)
+    accuracy = manifest["accuracy"]
+    print(f"top-1 {accuracy['top1']:.3f}  top-3 {accuracy['top3']:.3f}  mean recall "
+          f"{accuracy['meanRecall']:.3f}  ECE {calibration['eceBefore']:.3f} -> {calibration['ece']:.3f} "
+          f"(T {calibration['temperature']})  threshold {manifest['threshold']}  {size:.1f} MB  "
+          f"{speed:.1f} ms/window")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Sequence, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -45,20 +45,23 @@ def figures(scores: npt.ArrayLike, label: I64) -> Figures:
     }
 
 
-def recall_by_genre(scores: npt.ArrayLike, label: I64) -> dict[str, float]:
+def recall_by_genre(
+    scores: npt.ArrayLike, label: I64, names: Sequence[str] = labels.LABELS
+) -> dict[str, float]:
     """Share of each genre's clips whose best answer is that genre."""
     best = np.asarray(scores).argmax(axis=1)
     return {
-        labels.LABELS[c]: float((best[label == c] == c).mean()) for c in np.unique(label)
+        names[c]: float((best[label == c] == c).mean()) for c in np.unique(label)
     }
 
 
 def by_source(scores: npt.ArrayLike, label: I64, source: I64) -> dict[str, Figures]:
-    """The figures of each source alone."""
+    """The figures of each source that is there, alone."""
     scores = np.asarray(scores)
     return {
         name: figures(scores[source == s], label[source == s])
         for s, name in enumerate(SOURCE_NAMES)
+        if (source == s).any()
     }
 
 
@@ -84,7 +87,52 @@ def calibration_error(probability: F64, label: I64, bins: int = 15) -> float:
 
 def confusion(scores: npt.ArrayLike, label: I64) -> I64:
     """Counts [true genre, answered genre]."""
-    best = np.asarray(scores).argmax(axis=1)
-    table = np.zeros((len(labels.LABELS), len(labels.LABELS)), dtype=np.int64)
+    scores = np.asarray(scores)
+    best = scores.argmax(axis=1)
+    table = np.zeros((scores.shape[1], scores.shape[1]), dtype=np.int64)
     np.add.at(table, (label, best), 1)
     return table
+
+
+class Coverage(TypedDict):
+    """Of the answers at or above ``threshold``: their share of all (``coverage``), and how
+    many of them are right (``precision``; None where there is none)."""
+
+    threshold: float
+    answered: int
+    coverage: float
+    precision: float | None
+
+
+def coverage_curve(probability: F64, label: I64, thresholds: Sequence[float]) -> list[Coverage]:
+    """What is gained in precision, and lost in coverage, by each threshold on the
+    confidence (the greatest of the probabilities [n, classes])."""
+    confidence = probability.max(axis=1)
+    right = probability.argmax(axis=1) == label
+    out: list[Coverage] = []
+    for threshold in thresholds:
+        above = confidence >= threshold
+        out.append({
+            "threshold": round(float(threshold), 4),
+            "answered": int(above.sum()),
+            "coverage": float(above.mean()),
+            "precision": float(right[above].mean()) if above.any() else None,
+        })
+    return out
+
+
+Bin = TypedDict("Bin", {"from": float, "to": float, "clips": int, "right": int})
+"""Answers whose confidence lies in [from, to), the last bin closed; how many are right."""
+
+
+def reliability(probability: F64, label: I64, bins: int = 10) -> list[Bin]:
+    """Equal-width bins of the confidence from 0 to 1, empty ones too: what
+    ``calibration.reliability`` of model.json holds."""
+    confidence = probability.max(axis=1)
+    right = probability.argmax(axis=1) == label
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    return [
+        {"from": round(b / bins, 4), "to": round((b + 1) / bins, 4),
+         "clips": int((which == b).sum()), "right": int(right[which == b].sum())}
+        for b in range(bins)
+    ]

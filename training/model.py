@@ -119,15 +119,18 @@ class Layer(nn.Module):
             nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
         )
 
-    def attention(self, x: Tensor) -> Tensor:
+    def attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Self-attention written out: every exporter and provider has it, and at 118
-        tokens its backward pass is faster on a CPU than the fused kernel's."""
+        tokens its backward pass is faster on a CPU than the fused kernel's.
+
+        Second comes who looks at whom: [n, heads, tokens, tokens], rows sum to 1.
+        """
         n, t, dim = x.shape
         qkv = self.qkv(x).reshape(n, t, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         weights = torch.softmax(q @ k.transpose(2, 3) * q.shape[-1] ** -0.5, dim=-1)
         y = weights @ v
-        return self.out(y.transpose(1, 2).reshape(n, t, dim))
+        return self.out(y.transpose(1, 2).reshape(n, t, dim)), weights
 
     def _drop(self, x: Tensor) -> Tensor:
         """Stochastic depth: leaves a branch out for some samples while training."""
@@ -136,9 +139,11 @@ class Layer(nn.Module):
         keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop_path
         return x * keep / (1.0 - self.drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self._drop(self.attention(self.norm1(x)))
-        return x + self._drop(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [n, t, dim] -> tokens, and the layer's attention."""
+        mixed, weights = self.attention(self.norm1(x))
+        x = x + self._drop(mixed)
+        return x + self._drop(self.mlp(self.norm2(x))), weights
 
 
 class CommonForm(nn.Module):
@@ -233,8 +238,38 @@ class WindowStatistics(nn.Module):
         )
 
 
+@dataclass(frozen=True)
+class Features:
+    """``pooled`` [n, dim]; ``stem`` [n, c, 14, 14]; ``measured``: the window's statistics
+    [n, size], ``statistics``: features of them [n, width]; ``attention``: per layer
+    [n, heads, tokens, tokens]."""
+
+    pooled: Tensor
+    stem: Tensor
+    measured: Tensor
+    statistics: Tensor
+    attention: list[Tensor]
+
+
+def roll_out(attention: list[Tensor]) -> Tensor:
+    """Attention rollout (Abnar and Zuidema 2020, https://arxiv.org/abs/2005.00928):
+    per layer [n, heads, tokens, tokens] -> [n, 14, 14], what share of all that the last
+    layer's tokens read goes back to each patch; sums to 1.
+
+    Half of each layer is its shortcut. The answer reads the mean over all tokens, so the
+    mean row is taken. The tokens of statistics belong to no place and are left out.
+    """
+    n, _, tokens, _ = attention[0].shape
+    read = torch.full((n, 1, tokens), 1.0 / tokens, device=attention[0].device)
+    for weights in reversed(attention):
+        read = 0.5 * read + 0.5 * torch.matmul(read, weights.float().mean(dim=1))
+    patches = read[:, 0, : GRID * GRID]
+    return (patches / patches.sum(dim=1, keepdim=True)).reshape(n, GRID, GRID)
+
+
 class GenreViT(nn.Module):
-    """windows uint8 [n, 128, 128] -> (logits [n, classes], embedding [n, dim])."""
+    """windows uint8 [n, 128, 128] -> (logits [n, classes], embedding [n, dim],
+    attention [n, 14, 14])."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -283,20 +318,22 @@ class GenreViT(nn.Module):
             channels, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=False
         )
 
-    def summary(self, x: Tensor) -> Tensor:
-        """float32 [n, 128, 128] in 0..1 -> features of its statistics [n, width]."""
+    def measure(self, x: Tensor) -> Tensor:
+        """float32 [n, 128, 128] in 0..1 -> its statistics [n, size]."""
         # No gradient reaches below the window, and bfloat16 is too coarse for
         # differences of squares.
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            values = self.statistics(x.float())
-        values = self.statistics_norm(values).clamp(-4.0, 4.0)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            return self.statistics(x.float())
+
+    def summary(self, measured: Tensor) -> Tensor:
+        """Statistics [n, size] -> features of them [n, width]."""
+        values = self.statistics_norm(measured).clamp(-4.0, 4.0)
         if self.training:
             values = F.dropout(values, self.config.dropout)
         return self.statistics_hidden(values)
 
-    def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """float32 [n, 128, 128] in 0..1, common form -> (pooled features [n, dim], stem features [n, c, 14, 14], statistics
-        [n, width])."""
+    def features(self, x: Tensor) -> "Features":
+        """float32 [n, 128, 128] in 0..1, common form -> what the heads read."""
         image = self.image(x).contiguous(memory_format=torch.channels_last)
         stem = self.stem(image)
         tokens = self.to_tokens(stem).flatten(2).transpose(1, 2) + self.position
@@ -305,46 +342,51 @@ class GenreViT(nn.Module):
             # picture can carry the answer.
             keep = int(GRID * GRID * self.config.keep_tokens)
             n = tokens.shape[0]
-            order = torch.rand(n, GRID * GRID).argsort(dim=1)[:, :keep]
+            order = torch.rand(n, GRID * GRID, device=x.device).argsort(dim=1)[:, :keep]
             index = order.unsqueeze(2).expand(-1, -1, tokens.shape[2])
             tokens = tokens.gather(1, index)
-        summary = self.summary(x)
+        measured = self.measure(x)
+        summary = self.summary(measured)
         if self.training:
             # Left out for some windows, or the patches would have nothing to learn.
-            keep_summary = (torch.rand(summary.shape[0], 1) >= self.config.drop_path).float()
+            keep_summary = (torch.rand(summary.shape[0], 1, device=x.device) >= self.config.drop_path).float()
             used = summary * keep_summary
         else:
             used = summary
         extra = self.statistics_tokens(used).reshape(-1, self.config.statistic_tokens, self.config.dim)
         tokens = torch.cat([tokens, extra.to(tokens.dtype)], dim=1)
+        attention = []
         for layer in self.layers:
-            tokens = layer(tokens)
+            tokens, weights = layer(tokens)
+            attention.append(weights)
         tokens = self.norm(tokens)
         mean = tokens.mean(dim=1)
         deviation = ((tokens - mean.unsqueeze(1)) ** 2).mean(dim=1).add(1e-5).sqrt()
-        return self.pool(torch.cat([mean, deviation, used], dim=1)), stem, summary
+        pooled = self.pool(torch.cat([mean, deviation, used], dim=1))
+        return Features(pooled, stem, measured, summary, attention)
 
-    def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """The exported graph: windows as the service makes them."""
-        pooled, _, _ = self.features(self.common(windows))
-        return self.head(F.gelu(pooled)), F.normalize(pooled, dim=1)
+    def forward(self, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The exported graph: windows as the service makes them, uint8 [n, 128, 128] ->
+        logits [n, classes], embedding [n, dim] of unit length, attention [n, 14, 14]."""
+        found = self.features(self.common(windows))
+        logits = self.head(F.gelu(found.pooled))
+        return logits, F.normalize(found.pooled, dim=1), roll_out(found.attention)
 
     def prepared_logits(self, windows: Tensor) -> Tensor:
         """Logits [n, classes] of windows uint8 that prepare.py made: they are in the
         common form already."""
-        pooled, _, _ = self.features(windows.float() / 255.0)
-        return self.head(F.gelu(pooled))
+        return self.head(F.gelu(self.features(windows.float() / 255.0).pooled))
 
     def training_logits(self, windows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Prepared windows -> logits of the network, of the stem alone and of the
         statistics alone, each [n, classes], and of the tags [n, tags]."""
-        pooled, stem, summary = self.features(windows.float() / 255.0)
-        features = self.dropout(F.gelu(pooled))
+        found = self.features(windows.float() / 255.0)
+        features = self.dropout(F.gelu(found.pooled))
         tags = features[:, :0] if self.tag_head is None else self.tag_head(features)
         return (
             self.head(features),
-            self.stem_head(self.dropout(stem.mean(dim=(2, 3)))),
-            self.statistics_head(self.dropout(summary)),
+            self.stem_head(self.dropout(found.stem.mean(dim=(2, 3)))),
+            self.statistics_head(self.dropout(found.statistics)),
             tags,
         )
 

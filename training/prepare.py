@@ -14,7 +14,7 @@ apart. Every function here exists to undo, or to randomise, one of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final, Iterator
 
@@ -36,8 +36,8 @@ BANDS: Final = 128
 FRAMES: Final = 128
 FLOOR_DB: Final = -70.0
 
-GTZAN, FMA = 0, 1
-SOURCE_NAMES: Final = ("gtzan", "fma")
+GTZAN, FMA, OWN = 0, 1, 2
+SOURCE_NAMES: Final = ("gtzan", "fma", "own")
 
 # The arrays: what their 0..255 spans in decibels when the clip was clipped at
 # `top_db`, and what it is taken for when it was not (see `_undo_stretch`).
@@ -60,15 +60,16 @@ class Clips:
     ``db``: one float16 array [128, columns] per clip, rows already on the view's
     mel axis; GTZAN has 387 columns (77.5 ms), FMA 128 (234 ms).
     ``label``: int64 [n], -1 where the clip has no target genre.
-    ``source``: int64 [n], ``GTZAN`` or ``FMA``.
+    ``source``: int64 [n], ``GTZAN``, ``FMA`` or ``OWN`` (a user's own audio).
     ``tags``: float32 [n, len(labels.TAGS)], 1 where an FMA clip carries the tag; GTZAN
-    clips carry none, which says nothing about them.
+    clips carry none, which says nothing about them. ``names``: what the labels count.
     """
 
     db: list[npt.NDArray[np.float16]]
     label: I64
     source: I64
     tags: F32
+    names: tuple[str, ...] = labels.LABELS
 
     def __len__(self) -> int:
         return len(self.db)
@@ -81,7 +82,8 @@ class Clips:
     def take(self, index: I64) -> "Clips":
         """The clips at ``index``."""
         return Clips(
-            [self.db[i] for i in index], self.label[index], self.source[index], self.tags[index]
+            [self.db[i] for i in index], self.label[index], self.source[index], self.tags[index],
+            self.names,
         )
 
 
@@ -404,6 +406,10 @@ class Batch:
     genre: Tensor
     tags: Tensor
     tagged: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on ``device``."""
+        return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 def training_batches(

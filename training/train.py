@@ -16,6 +16,7 @@ import platform
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Sequence
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 import labels
 import metrics
+import own_audio
 import prepare
 import teacher
 from model import GenreViT, ModelConfig, count_parameters
@@ -32,7 +34,9 @@ from model import GenreViT, ModelConfig, count_parameters
 def parse_arguments() -> tuple[argparse.Namespace, dict[str, object]]:
     """The arguments, and the defaults of those that have one."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--data", type=Path, required=True, help="folder with the four .npz files")
+    p.add_argument("--data", type=Path, required=True,
+                   help="folder with the four .npz files, or a CSV of audio files (own_audio.py)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
     p.add_argument("--out", type=Path, required=True, help="folder for this run")
     p.add_argument("--epochs", type=int, default=70)
     p.add_argument("--max-minutes", type=float, default=0.0,
@@ -46,11 +50,14 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, object]]:
                    help="weight of the loss on FMA's tags (0: neither tags nor clips without a genre)")
     p.add_argument("--unlabelled", type=float, default=0.15,
                    help="share of clips that have tags but no target genre")
-    p.add_argument("--balance", type=float, default=0.25, help="1: as the data, 0: genres equal")
+    p.add_argument("--balance", type=float, default=0.75, help="1: as the data, 0: genres equal")
+    p.add_argument("--prior", type=float, default=0.25,
+                   help="what the finished network takes a genre's frequency for: its training clips to this power")
     p.add_argument("--average", type=float, default=0.998, help="weight averaging per step")
     p.add_argument("--depth", type=int, default=ModelConfig.depth)
     p.add_argument("--teacher-share", type=float, default=0.5,
                    help="weight of teacher.py's soft targets")
+    p.add_argument("--init", type=Path, help="a run whose weights to begin with")
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--threads", type=int, default=2,
                    help="at most; fewer are used while fewer are faster (a shared machine)")
@@ -114,10 +121,25 @@ class Average:
 
 
 @torch.no_grad()
+def level_prior(model: GenreViT, clips: np.ndarray, balance: float, prior: float) -> None:
+    """Moves the genre prior that the network has learned, clips^balance, to clips^prior.
+
+    A catalogue is not mixed like the training data, and a genre with 50 clips there would
+    hardly ever be answered. Drawing the rare clips more often instead makes the network
+    learn them by heart. Logit adjustment: Menon et al. 2021, https://arxiv.org/abs/2007.07314
+    """
+    share = torch.from_numpy(clips / clips.sum()).float().clamp(min=1e-6)
+    model.head.bias -= (balance - prior) * share.log().to(model.head.bias.device)
+
+
+@torch.no_grad()
 def predict(model: GenreViT, windows: Tensor, batch: int = 64) -> Tensor:
     """Logits float32 [n, classes] of prepared windows uint8 [n, 128, 128]."""
     model.eval()
-    return torch.cat([model.prepared_logits(w).float() for w in windows.split(batch)])
+    device = next(model.parameters()).device
+    return torch.cat(
+        [model.prepared_logits(w.to(device)).float().cpu() for w in windows.split(batch)]
+    )
 
 
 def processor_name() -> str:
@@ -131,55 +153,126 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def device_of(choice: str) -> torch.device:
+    """``auto``: a CUDA device where there is one."""
+    if choice == "auto":
+        choice = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(choice)
+
+
+def machine_name(device: torch.device, args: argparse.Namespace) -> str:
+    """What the run states that it ran on."""
+    precision = "float32" if args.float32 else "bfloat16 autocast"
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {precision}"
+    return f"{processor_name()}, {args.threads} threads, {precision}"
+
+
+def load_data(data: Path) -> tuple[prepare.Clips, prepare.Clips]:
+    """Training and validation clips of the four arrays in a folder, or of anybody's
+    audio that a CSV names. Validation clips all have a label."""
+    if data.suffix == ".csv":
+        try:
+            return own_audio.load_manifest(data)
+        except own_audio.ManifestError as fault:
+            raise SystemExit(str(fault)) from None
+    return prepare.load_split(data, "train"), prepare.load_split(data, "valid").labelled()
+
+
+def soft_labels(train: prepare.Clips, smoothing: float, teacher_share: float) -> prepare.F32:
+    """Targets float32 [n, classes] of labelled clips: smoothed labels and what the
+    teacher says of clips that it has not seen."""
+    classes = len(train.names)
+    targets = np.eye(classes, dtype=np.float32)[train.label]
+    targets = targets * (1 - smoothing) + smoothing / classes
+    if teacher_share > 0:
+        targets = teacher_share * teacher.soft_targets(train) + (1 - teacher_share) * targets
+    return targets.astype(np.float32)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Matrices and kernels decay; biases, norms and positions do not."""
+    decayed = [p for p in model.parameters() if p.ndim > 1 and p.shape[0] != 1]
+    others = [p for p in model.parameters() if not (p.ndim > 1 and p.shape[0] != 1)]
+    return [{"params": decayed, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0}]
+
+
+def loss_of(model: GenreViT, batch: prepare.Batch, tag_weight: float) -> tuple[Tensor, Tensor]:
+    """The loss to minimise, and the part of it that is the network's own answer."""
+    *answers, tags = model.training_logits(batch.windows)
+    # A clip without a genre has an all-zero target, and so no loss here.
+    main, stem, statistics = (
+        -(batch.genre * F.log_softmax(z.float(), dim=1)).sum(dim=1).mean() for z in answers
+    )
+    total = main + 0.3 * stem + 0.3 * statistics
+    if tag_weight > 0 and tags.shape[1] > 0:
+        each = F.binary_cross_entropy_with_logits(tags.float(), batch.tags, reduction="none")
+        total = total + tag_weight * (each * batch.tagged).sum(dim=1).mean()
+    return total, main
+
+
+def describe(logits: np.ndarray, valid: prepare.Clips) -> tuple[dict[str, object], str]:
+    """Validation figures for the history, and as a line to read."""
+    overall = metrics.figures(logits, valid.label)
+    sources = metrics.by_source(logits, valid.label, valid.source)
+    found: dict[str, object] = {"valid": overall, "bySource": sources}
+    text = (f"top1 {overall['top1']:.3f}  top3 {overall['top3']:.3f}  "
+            f"recall {overall['meanRecall']:.3f}")
+    if valid.names == labels.LABELS:
+        shared = metrics.shared_genres(logits, valid.label, valid.source)
+        found["shared"] = shared
+        text += "".join(f"  {name} {f['top1']:.3f}" for name, f in sources.items())
+        text += "  shared " + "/".join(f"{f['top1']:.3f}" for f in shared.values())
+    return found, text
+
+
 def main() -> None:
     args, defaults = parse_arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+    device = device_of(args.device)
 
-    every = prepare.load_split(args.data, "train")
+    every, valid = load_data(args.data)
     train = every.labelled()
-    valid = prepare.load_split(args.data, "valid").labelled()
     valid_windows = prepare.plain_windows(valid)
-
-    classes = len(labels.LABELS)
-    targets = np.eye(classes, dtype=np.float32)[train.label]
-    targets = targets * (1 - args.smoothing) + args.smoothing / classes
-    if args.teacher_share > 0:
-        soft = teacher.soft_targets(train)
-        targets = args.teacher_share * soft + (1 - args.teacher_share) * targets
+    targets = soft_labels(train, args.smoothing, args.teacher_share)
+    tag_weight = args.tags if every.tags.shape[1] > 0 else 0.0
     used, used_targets = train, targets
-    if args.tags > 0:
+    if tag_weight > 0:
         used = every
-        used_targets = np.zeros((len(every), classes), dtype=np.float32)
+        used_targets = np.zeros((len(every), targets.shape[1]), dtype=np.float32)
         used_targets[every.label >= 0] = targets
 
     sample = prepare.plain_windows(train).float() / 255.0
     config = replace(
-        ModelConfig(), depth=args.depth, tags=len(labels.TAGS) if args.tags > 0 else 0,
+        ModelConfig(), classes=len(train.names), depth=args.depth,
+        tags=every.tags.shape[1] if tag_weight > 0 else 0,
         mean=round(float(sample.mean()), 4), std=round(float(sample.std()), 4),
     )
     del sample
-    model = GenreViT(config).to(memory_format=torch.channels_last)
+    model = GenreViT(config)
+    if args.init:
+        model.load_state_dict(torch.load(args.init / "model.pt", weights_only=True)["state"])
+    model.to(device, memory_format=torch.channels_last)
     average = Average(model, args.average)
-
-    decayed = [p for p in model.parameters() if p.ndim > 1 and p.shape[0] != 1]
-    others = [p for p in model.parameters() if not (p.ndim > 1 and p.shape[0] != 1)]
     optimiser = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": args.weight_decay},
-         {"params": others, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98),
+        parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.98)
     )
 
-    steps = len(train) // args.batch
+    steps = max(1, len(train) // args.batch)
     settings = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
     changed = [k for k, v in settings.items() if v != defaults[k]]
     history: list[dict[str, object]] = []
+    clips = np.bincount(train.label, minlength=len(train.names))
     threads = Threads(args.threads)
     begin = time.time()
     done = 0.0
     epoch = 0
     print(f"{len(train)} training clips, {len(valid)} validation clips, "
-          f"{count_parameters(model) / 1e6:.2f} M parameters", flush=True)
+          f"{count_parameters(model) / 1e6:.2f} M parameters, on {machine_name(device, args)}",
+          flush=True)
 
     while done < 1.0:
         started = time.time()
@@ -204,19 +297,8 @@ def main() -> None:
             rate = args.lr * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not args.float32):
-                *answers, tags = model.training_logits(batch.windows)
-            # A clip without a genre has an all-zero target, and so no loss here.
-            loss, stem_loss, statistics_loss = (
-                -(batch.genre * F.log_softmax(z.float(), dim=1)).sum(dim=1).mean()
-                for z in answers
-            )
-            total = loss + 0.3 * stem_loss + 0.3 * statistics_loss
-            if args.tags > 0:
-                each = F.binary_cross_entropy_with_logits(
-                    tags.float(), batch.tags, reduction="none"
-                )
-                total = total + args.tags * (each * batch.tagged).sum(dim=1).mean()
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=not args.float32):
+                total, loss = loss_of(model, batch.to(device), tag_weight)
             optimiser.zero_grad(set_to_none=True)
             total.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -234,39 +316,54 @@ def main() -> None:
         spent = time.time() - started
 
         logits = predict(average.model, valid_windows).numpy()
-        line: dict[str, object] = {
-            "epoch": epoch, "loss": round(loss_sum / taken, 4),
-            "valid": metrics.figures(logits, valid.label),
-            "bySource": metrics.by_source(logits, valid.label, valid.source),
-            "shared": metrics.shared_genres(logits, valid.label, valid.source),
+        found, text = describe(logits, valid)
+        history.append({
+            "epoch": epoch, "loss": round(loss_sum / taken, 4), **found,
             "samplesPerSecond": round(taken * args.batch / spent, 1),
-        }
-        history.append(line)
-        f = metrics.figures(logits, valid.label)
-        s = metrics.by_source(logits, valid.label, valid.source)
-        h = metrics.shared_genres(logits, valid.label, valid.source)
-        print(f"epoch {epoch:3d}  loss {loss_sum / taken:.3f}  top1 {f['top1']:.3f}  "
-              f"top3 {f['top3']:.3f}  recall {f['meanRecall']:.3f}  "
-              f"gtzan {s['gtzan']['top1']:.3f}  fma {s['fma']['top1']:.3f}  "
-              f"shared {h['gtzan']['top1']:.3f}/{h['fma']['top1']:.3f}  "
-              f"{taken * args.batch / spent:.0f}/s on {threads.best}  {(time.time() - begin) / 60:.1f} min", flush=True)
+        })
+        print(f"epoch {epoch:3d}  loss {loss_sum / taken:.3f}  {text}  "
+              f"{taken * args.batch / spent:.0f}/s on {threads.best}  "
+              f"{(time.time() - begin) / 60:.1f} min", flush=True)
 
-        torch.save({"config": config.to_dict(), "state": average.model.state_dict()},
-                   args.out / "model.tmp")
-        os.replace(args.out / "model.tmp", args.out / "model.pt")
-        np.savez(args.out / "valid.npz", logits=logits, label=valid.label, source=valid.source)
-        (args.out / "run.json").write_text(json.dumps({
+        save(args.out, average.model, train.names, logits, valid, {
             "settings": settings, "nonDefault": changed, "parameters": count_parameters(model),
+            "labels": list(train.names),
             "trainClips": len(train), "validClips": len(valid),
-            "trainClipsByGenre": {
-                name: int((train.label == c).sum()) for c, name in enumerate(labels.LABELS)
-            },
-            "epochsDone": epoch, "finished": done >= 1.0,
+            "unlabelledClips": len(used) - len(train),
+            "trainClipsByGenre": dict(zip(train.names, clips.tolist())),
+            "init": json.loads((args.init / "run.json").read_text()) if args.init else None,
+            "epochsDone": epoch, "finished": done >= 1.0, "prior": args.balance,
             "minutes": round((time.time() - begin) / 60, 1),
-            "machine": f"{processor_name()}, {args.threads} threads, "
-                       + ("float32" if args.float32 else "bfloat16 autocast"),
+            "machine": machine_name(device, args),
             "torch": torch.__version__, "history": history,
-        }, indent=1))
+        })
+    finish(args.out, args.prior, valid)
+
+
+def save(
+    out: Path, model: GenreViT, names: Sequence[str], logits: np.ndarray, valid: prepare.Clips,
+    facts: dict[str, object],
+) -> None:
+    """Weights, validation logits and run.json; the weights are never half-written."""
+    torch.save({"config": model.config.to_dict(), "state": model.state_dict(),
+                "labels": list(names)}, out / "model.tmp")
+    os.replace(out / "model.tmp", out / "model.pt")
+    np.savez(out / "valid.npz", logits=logits, label=valid.label, source=valid.source)
+    (out / "run.json").write_text(json.dumps(facts, indent=1))
+
+
+def finish(out: Path, prior: float, valid: prepare.Clips) -> None:
+    """Gives the saved network of ``out`` the genre prior that it is shipped with."""
+    saved = torch.load(out / "model.pt", weights_only=True)
+    facts = json.loads((out / "run.json").read_text())
+    model = GenreViT(ModelConfig.from_dict(saved["config"]))
+    model.load_state_dict(saved["state"])
+    clips = np.array(list(facts["trainClipsByGenre"].values()), dtype=np.float64)
+    level_prior(model, clips, facts.get("prior", facts["settings"]["balance"]), prior)
+    logits = predict(model, prepare.plain_windows(valid)).numpy()
+    print(f"prior {facts.get('prior')} -> {prior}: {describe(logits, valid)[1]}", flush=True)
+    facts["prior"] = prior
+    save(out, model, list(facts["trainClipsByGenre"]), logits, valid, facts)
 
 
 if __name__ == "__main__":

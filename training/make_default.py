@@ -41,6 +41,7 @@ def main() -> None:
     step("robustness.py", "--data", args.data, "--run", args.work)
     if args.audio:
         step("source_check.py", "--run", args.work, "--audio", args.audio / "fma")
+        step("real_files.py", "--run", args.work, "--data", args.data, "--audio", args.audio)
     step("export.py", "--run", args.work, "--out", args.out)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import pickletools
 import re
 import zipfile
 from pathlib import Path
@@ -33,6 +34,9 @@ _HARMLESS: Final[list[Any]] = [
     (np.zeros(0).__reduce__()[0], "numpy.core.multiarray._reconstruct"),
     *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)),
 ]
+
+# Modules whose names are no code of the file's author.
+_PLAIN: Final = ("torch", "collections", "numpy", "argparse", "_codecs")
 
 Weights = dict[str, Tensor]
 
@@ -96,7 +100,7 @@ def _read_torch(path: Path) -> Any:
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as cause:
-        raise ImportFault(_refused(path, str(cause))) from None
+        raise ImportFault(_refused(path, str(cause), zipped)) from None
     except EOFError:
         raise ImportFault(f"{path} is truncated: it ends in the middle of its data.") from None
     except MemoryError:
@@ -135,9 +139,13 @@ def _bad_records(archive: zipfile.ZipFile) -> list[str]:
     return bad
 
 
-def _refused(path: Path, message: str) -> str:
+def _refused(path: Path, message: str, zipped: bool) -> str:
     found = re.search(r"GLOBAL ([\w.]+)", message) or re.search(r"(?:of type|class|function) `?([\w.]+)", message)
-    name = found[1] if found else None
+    named = [found[1]] if found else _called(path, zipped)
+    name = next((name for name in named if name.split(".")[0] not in _PLAIN), None) if not found else found[1]
+    if name is None and named:
+        return (f"{path} was pickled with a protocol that is not read: "
+                "save it with torch.save's own, without pickle_protocol.")
     if name is None:
         return f"{path} is no PyTorch checkpoint, or a damaged one ({first_line(message)})."
     advice = ""
@@ -147,6 +155,29 @@ def _refused(path: Path, message: str) -> str:
         f"{path} holds code and was not run: to load it, Python would have to call {name}. "
         f"Only tensors and plain containers are read.{advice}"
     )
+
+
+def _called(path: Path, zipped: bool) -> list[str]:
+    """What a pickle would have Python call, as ``module.name``, read off its opcodes: nothing
+    is built and nothing runs. For protocols that PyTorch's reader gives up on unnamed."""
+    names: list[str] = []
+    texts: list[str] = []
+    try:
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                content = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
+        else:
+            content = path.read_bytes()
+        for opcode, argument, _ in pickletools.genops(content):
+            if opcode.name in ("GLOBAL", "INST"):
+                names.append(str(argument).replace(" ", "."))
+            elif opcode.name == "STACK_GLOBAL":
+                names.append(".".join(texts[-2:]))
+            elif isinstance(argument, str):
+                texts.append(argument)
+    except (ValueError, IndexError, OSError, zipfile.BadZipFile):
+        pass  # What was read up to the damage.
+    return names
 
 
 def first_line(cause: object) -> str:
@@ -177,6 +208,11 @@ def _unwrap(content: Any, path: Path) -> tuple[Weights, list[str]]:
     if not _is_weights(content):
         raise ImportFault(f"{path} holds no weights, or things that are no tensors among them.")
     weights: Weights = dict(content)
+    hollow = next((k for k, w in weights.items() if w.is_meta or w.is_quantized or w.layout != torch.strided), None)
+    if hollow is not None:
+        w = weights[hollow]
+        kind = "empty (on the device 'meta')" if w.is_meta else "quantised" if w.is_quantized else "sparse"
+        raise ImportFault(f"{path} holds tensors that are {kind}, first {hollow}: save the plain values.")
     stripped = True
     while stripped:
         stripped = False

@@ -47,6 +47,8 @@ LEAST_CLASSES: Final = 8
 LARGEST_SHARE: Final = 0.4
 BROKEN_WINDOWS: Final = 60
 """One comparison with a broken front end runs on so many of the windows."""
+_IMPORTER: Final = ("import_checkpoint.py", "graphs.py", "picture.py", "precision.py", "vision_transformer.py",
+                    "vit_checkpoint.py", "../models/profiles/ccmusic-mel.json")
 IMAGENET: Final = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -88,17 +90,18 @@ def coverage(logits: F32, classes: int) -> dict[str, Any]:
 
 
 def bundle_of(checkpoint: Path, precision: str, out: Path) -> dict[str, Any]:
-    """Imports unless DIR holds that bundle of that very file already."""
+    """Imports, unless DIR holds the bundle that this code made of that very file."""
     marker = out.with_name(f"{out.name}.json")
-    digest = import_checkpoint.sha256(checkpoint)
+    code = b"".join((Path(__file__).parent / name).read_bytes() for name in _IMPORTER)
+    made_of = hashlib.sha256(code + import_checkpoint.sha256(checkpoint).encode()).hexdigest()
     if marker.exists() and (out / "model.json").exists():
         report = json.loads(marker.read_text())
-        if report.get("checkpoint") == digest:
+        if report.get("madeOf") == made_of:
             return report
     args = import_checkpoint.parse_arguments([
         str(checkpoint), "--profile", PROFILE, "--out", str(out), "--precision", precision, "--force",
         "--name", "parity", "--provenance", "A measuring instrument made by training/parity_checkpoint.py."])
-    report = {"checkpoint": digest, **import_checkpoint.make(args)}
+    report = {"madeOf": made_of, **import_checkpoint.make(args)}
     marker.write_text(json.dumps(report))
     return report
 

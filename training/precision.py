@@ -3,9 +3,10 @@
 fp16: the blocks' matrices and activations; the picture, layer norms, softmax and the
 rollout stay float32, inputs and outputs keep their types.
 
-int8: the blocks' four matrices as signed bytes, one scale a column; their inputs as
-unsigned bytes around 128, one scale a TOKEN, computed as it arrives (dynamic
-quantisation). ONNX Runtime's own dynamic quantisation takes one scale for the whole
+int8: the blocks' four matrices W as signed bytes, one scale a column; their inputs x as
+unsigned bytes between the least and the greatest value of a TOKEN, computed as it
+arrives (dynamic quantisation): x = least + step * byte, so that
+x W = step * (byte W) + least * (sums of W's columns). ONNX Runtime's own dynamic quantisation takes one scale for the whole
 batch, so that a window's answer would depend on its neighbours in the batch; with one
 scale a token it does not.
 """
@@ -30,7 +31,6 @@ _HALF_OPS: Final = frozenset({
 })
 _LARGEST_HALF: Final = 65504.0
 _LEAST_SCALE: Final = 1e-12
-_ZERO_POINT: Final = 128
 
 
 def convert(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
@@ -149,14 +149,12 @@ def _to_int8(model: onnx.ModelProto) -> onnx.ModelProto:
     # The head decides; it is small, and stays exact.
     last = {n.output[0] for n in _head(model)}
     nodes: list[onnx.NodeProto] = []
-    quantised: dict[str, tuple[str, str]] = {}
+    quantised: set[str] = set()
     converted = 0
     opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=1)
     graph.initializer.extend([
-        numpy_helper.from_array(np.array(_ZERO_POINT, np.uint8), "int8/zero_point"),
-        numpy_helper.from_array(np.array(_ZERO_POINT + 0.0, np.float32), "int8/offset"),
-        numpy_helper.from_array(np.array(127.0, np.float32), "int8/largest"),
-        numpy_helper.from_array(np.array(_LEAST_SCALE, np.float32), "int8/least"),
+        numpy_helper.from_array(np.array(255.0, np.float32), "int8/largest"),
+        numpy_helper.from_array(np.array(_LEAST_SCALE, np.float32), "int8/smallest"),
         numpy_helper.from_array(np.array([-1], np.int64), "int8/axis"),
     ])
     for original in graph.node:
@@ -168,22 +166,28 @@ def _to_int8(model: onnx.ModelProto) -> onnx.ModelProto:
         source, name = node.input[0], f"int8/{node.output[0]}"
         if source not in quantised:
             nodes += _quantise_rows(source, opset)
-            quantised[source] = (f"int8/{source}/byte", f"int8/{source}/scale")
-        byte, row_scale = quantised[source]
+            quantised.add(source)
+        byte, step, least = (f"int8/{source}/{part}" for part in ("byte", "step", "least"))
         scale = np.maximum(np.abs(matrix).max(axis=0) / 127.0, _LEAST_SCALE).astype(np.float32)
+        rounded = np.rint(matrix / scale).astype(np.int8)
         graph.initializer.extend([
-            numpy_helper.from_array(np.rint(matrix / scale).astype(np.int8), f"{name}/weight"),
+            numpy_helper.from_array(rounded, f"{name}/weight"),
             numpy_helper.from_array(scale, f"{name}/column_scale"),
+            numpy_helper.from_array((rounded.sum(axis=0, dtype=np.int64) * scale).astype(np.float32),
+                                    f"{name}/column_sum"),
         ])
         bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2] else None
         product = f"{name}/unbiased" if bias else node.output[0]
         nodes += [
-            helper.make_node("MatMulInteger", [byte, f"{name}/weight", "int8/zero_point"], [f"{name}/sum"],
+            helper.make_node("MatMulInteger", [byte, f"{name}/weight"], [f"{name}/sum"],
                              name=f"{node.name}/product"),
             helper.make_node("Cast", [f"{name}/sum"], [f"{name}/float"], name=f"{node.name}/float",
                              to=TensorProto.FLOAT),
-            helper.make_node("Mul", [f"{name}/float", row_scale], [f"{name}/rows"], name=f"{node.name}/rows"),
-            helper.make_node("Mul", [f"{name}/rows", f"{name}/column_scale"], [product], name=f"{node.name}/columns"),
+            helper.make_node("Mul", [f"{name}/float", step], [f"{name}/rows"], name=f"{node.name}/rows"),
+            helper.make_node("Mul", [f"{name}/rows", f"{name}/column_scale"], [f"{name}/columns"],
+                             name=f"{node.name}/columns"),
+            helper.make_node("Mul", [least, f"{name}/column_sum"], [f"{name}/floor"], name=f"{node.name}/floor"),
+            helper.make_node("Add", [f"{name}/columns", f"{name}/floor"], [product], name=f"{node.name}/total"),
         ]
         if bias:
             nodes.append(helper.make_node("Add", [product, bias], [node.output[0]], name=f"{node.name}/bias"))
@@ -197,22 +201,23 @@ def _to_int8(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _quantise_rows(source: str, opset: int) -> list[onnx.NodeProto]:
-    """Last-axis rows of a float tensor as unsigned bytes around 128 and a scale a row."""
+    """Last-axis rows of a float tensor as bytes between each row's least and greatest."""
     at = f"int8/{source}"
-    # ReduceMax takes its axes as an input since opset 18, as an attribute before.
+    # ReduceMax and ReduceMin take their axes as an input since opset 18, as an attribute before.
     axes: tuple[list[str], dict[str, Any]] = (["int8/axis"], {}) if opset >= 18 else ([], {"axes": [-1]})
 
     def node(op: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
         return helper.make_node(op, inputs, [f"{at}/{output}"], name=f"{at}/{output}", **attributes)
 
     return [
-        node("Abs", [source], "size"),
-        node("ReduceMax", [f"{at}/size", *axes[0]], "most", keepdims=1, **axes[1]),
-        node("Max", [f"{at}/most", "int8/least"], "positive"),
-        node("Div", [f"{at}/positive", "int8/largest"], "scale"),
-        node("Div", [source, f"{at}/scale"], "steps"),
-        node("Add", [f"{at}/steps", "int8/offset"], "shifted"),
-        node("Round", [f"{at}/shifted"], "whole"),
+        node("ReduceMax", [source, *axes[0]], "most", keepdims=1, **axes[1]),
+        node("ReduceMin", [source, *axes[0]], "least", keepdims=1, **axes[1]),
+        node("Sub", [f"{at}/most", f"{at}/least"], "range"),
+        node("Max", [f"{at}/range", "int8/smallest"], "positive"),
+        node("Div", [f"{at}/positive", "int8/largest"], "step"),
+        node("Sub", [source, f"{at}/least"], "above"),
+        node("Div", [f"{at}/above", f"{at}/step"], "steps"),
+        node("Round", [f"{at}/steps"], "whole"),
         node("Cast", [f"{at}/whole"], "byte", to=TensorProto.UINT8),
     ]
 

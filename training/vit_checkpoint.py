@@ -182,6 +182,11 @@ def recognise(weights: Weights, image_size: int, heads: int | None = None, eps: 
     _strict(dialect.family, expected, weights)
     config = _measure(dialect, weights, image_size, depth, qkv_bias, head_keys, heads, eps)
     _check_shapes(dialect, weights, config, head_keys)
+    foreign = [key for key in expected if not weights[key].is_floating_point()]
+    if foreign:
+        kind = str(weights[foreign[0]].dtype).removeprefix("torch.")
+        raise ImportFault(f"{len(foreign)} tensors hold {kind} values, which are no weights by themselves "
+                          f"(quantised without their scales?): {_named(foreign)}.")
     broken = [key for key in expected if not bool(torch.isfinite(weights[key].float()).all())]
     if broken:
         raise ImportFault(f"{len(broken)} tensors hold values that are no numbers or infinite: {_named(broken)}.")

@@ -388,10 +388,16 @@ class BadInput(Folder):
         target = self.folder / "was-run"
         self.save({"state_dict": TouchesAFile(target)})
         self.refused(r"holds code and was not run.*system")
-        with (self.folder / "bad.pt").open("wb") as file:
-            pickle.dump(TouchesAFile(target), file)
-        self.refused(r"holds code and was not run.*system|no PyTorch checkpoint")
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+            with self.subTest(protocol=protocol):
+                with (self.folder / "bad.pt").open("wb") as file:
+                    pickle.dump(TouchesAFile(target), file, protocol)
+                self.refused(r"holds code and was not run.*system")
         self.assertFalse(target.exists())
+
+    def test_weights_pickled_by_another_protocol(self) -> None:
+        torch.save(self.state, self.folder / "bad.pt", pickle_protocol=4)
+        self.refused("pickled with a protocol that is not read")
 
     def test_a_whole_model_that_was_saved(self) -> None:
         self.save(torchvision_vit())
@@ -462,6 +468,19 @@ class BadInput(Folder):
         self.state["encoder.ln.weight"][3] = float("nan")
         self.save(self.state)
         self.refused(r"no numbers or infinite: encoder\.ln\.weight")
+
+    def test_tensors_that_are_no_plain_numbers(self) -> None:
+        key = "conv_proj.weight"
+        plain = self.state[key]
+        for content, pattern in (
+            (plain.to(torch.int8), f"hold int8 values.*{key}"),
+            (plain.to(torch.complex64), f"hold complex64 values.*{key}"),
+            (plain.to_sparse(), f"are sparse, first {key}"),
+            (torch.empty_like(plain, device="meta"), f"are empty .*first {key}"),
+        ):
+            with self.subTest(pattern):
+                self.save(self.state | {key: content})
+                self.refused(pattern)
 
     def test_a_width_that_does_not_tell_the_heads(self) -> None:
         from torchvision.models import VisionTransformer

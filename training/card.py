@@ -149,7 +149,8 @@ def _commands(run: dict[str, Any]) -> str:
     for i, stage in enumerate(stages):
         options = stage["settings"]
         changed = " ".join(
-            f"--{key.replace('_', '-')} {options[key]:g}" for key in stage.get("nonDefault", [])
+            f"--{key.replace('_', '-')}" + ("" if options[key] is True else f" {options[key]:g}")
+            for key in stage.get("nonDefault", [])
         )
         begin = f"--init RUN{i} " if i else ""
         lines.append(f"python training/train.py --data DIR --out RUN{i + 1} {begin}{changed}".strip()

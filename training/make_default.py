@@ -3,8 +3,8 @@
 ``python training/make_default.py --data DIR --audio AUDIO --work WORK --out models/default``
 
 DIR holds the four arrays, AUDIO real labelled files (see README.md). Each step is one of
-the other programs, so any of them can be repeated alone; WORK keeps the run. Everything
-after ``--`` goes to train.py.
+the other programs, so any of them can be repeated alone; WORK keeps the run. The shipped
+bundle's recipe is `RECIPE`; what follows ``--`` goes to train.py instead.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+
+RECIPE = ("--max-minutes", "42")
+"""train.py's options for the shipped bundle."""
 
 
 def step(program: str, *arguments: object) -> None:
@@ -36,7 +39,7 @@ def main() -> None:
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args(own)
 
-    step("train.py", "--data", args.data, "--out", args.work, *train_options)
+    step("train.py", "--data", args.data, "--out", args.work, *(train_options or RECIPE))
     step("outliers.py", "--data", args.data, "--run", args.work)
     step("robustness.py", "--data", args.data, "--run", args.work)
     if args.audio:

@@ -1,7 +1,7 @@
 """Soft targets for the training clips from a classical classifier.
 
-Kernel ridge regression (Gaussian kernel) on the statistics of model.py and on
-spectro-temporal modulations answers for every training clip while its neighbours are held out: five folds over runs of
+Kernel ridge regression (Gaussian kernel) on the statistics of model.py (and, where
+asked, on spectro-temporal modulations) answers for every training clip while its neighbours are held out: five folds over runs of
 neighbouring clips, so that an album or an artist is not asked about with itself in
 training. Its mistakes say which genres sound alike, which a bare label does not. The
 validation part is not used, except to print how good the teacher is on it:
@@ -80,13 +80,16 @@ def modulations(windows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def statistics(clips: prepare.Clips) -> F32:
-    """float32 [n, size] of every clip's plain window."""
+def statistics(clips: prepare.Clips, modulated: bool = False) -> F32:
+    """float32 [n, size] of every clip's plain window; ``modulated``: `modulations` too."""
     measure = WindowStatistics()
-    return torch.cat([
-        torch.cat([measure(w.float() / 255.0), modulations(w)], dim=1)
-        for w in prepare.plain_windows(clips).split(64)
-    ]).numpy()
+    rows = []
+    for windows in prepare.plain_windows(clips).split(64):
+        parts = [measure(windows.float() / 255.0)]
+        if modulated:
+            parts.append(modulations(windows))
+        rows.append(torch.cat(parts, dim=1))
+    return torch.cat(rows).numpy()
 
 
 def answer(x: F32, y: I64, asked: F32, classes: int = len(labels.LABELS)) -> metrics.F64:
@@ -116,9 +119,9 @@ def temperature(scores: metrics.F64, y: I64) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(-4.0, 3.0), method="bounded").x))
 
 
-def soft_targets(train: prepare.Clips) -> F32:
+def soft_targets(train: prepare.Clips, modulated: bool = False) -> F32:
     """Held-out probabilities float32 [n, classes] for the training clips."""
-    x, y = statistics(train), train.label
+    x, y = statistics(train, modulated), train.label
     scores = np.zeros((len(y), len(train.names)))
     folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
     for rest, part in folds.split(x, y, np.arange(len(y)) // RUN_LENGTH):
@@ -130,11 +133,14 @@ def soft_targets(train: prepare.Clips) -> F32:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--data", type=Path, required=True)
+    p.add_argument("--modulations", action="store_true")
     args = p.parse_args()
     train = prepare.load_split(args.data, "train").labelled()
     valid = prepare.load_split(args.data, "valid").labelled()
-    soft_targets(train)
-    scores = answer(statistics(train), train.label, statistics(valid))
+    soft_targets(train, args.modulations)
+    scores = answer(
+        statistics(train, args.modulations), train.label, statistics(valid, args.modulations)
+    )
     print("validation clips:", metrics.figures(scores, valid.label),
           metrics.by_source(scores, valid.label, valid.source))
 

@@ -46,17 +46,19 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, object]]:
     p.add_argument("--weight-decay", type=float, default=0.05)
     p.add_argument("--smoothing", type=float, default=0.1)
     p.add_argument("--mix", type=float, default=0.5, help="share of mixed windows")
-    p.add_argument("--tags", type=float, default=0.05,
-                   help="weight of the loss on FMA's tags (0: neither tags nor clips without a genre)")
+    p.add_argument("--tags", type=float, default=0.0,
+                   help="weight of the loss on FMA's tags, e.g. 0.05 (0: neither tags nor clips without a genre)")
     p.add_argument("--unlabelled", type=float, default=0.15,
                    help="share of clips that have tags but no target genre")
-    p.add_argument("--balance", type=float, default=0.75, help="1: as the data, 0: genres equal")
+    p.add_argument("--balance", type=float, default=0.5, help="1: as the data, 0: genres equal")
     p.add_argument("--prior", type=float, default=0.25,
                    help="what the finished network takes a genre's frequency for: its training clips to this power")
     p.add_argument("--average", type=float, default=0.998, help="weight averaging per step")
     p.add_argument("--depth", type=int, default=ModelConfig.depth)
     p.add_argument("--teacher-share", type=float, default=0.5,
                    help="weight of teacher.py's soft targets")
+    p.add_argument("--modulations", action="store_true",
+                   help="the teacher also hears spectro-temporal modulations")
     p.add_argument("--init", type=Path, help="a run whose weights to begin with")
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--threads", type=int, default=2,
@@ -179,14 +181,16 @@ def load_data(data: Path) -> tuple[prepare.Clips, prepare.Clips]:
     return prepare.load_split(data, "train"), prepare.load_split(data, "valid").labelled()
 
 
-def soft_labels(train: prepare.Clips, smoothing: float, teacher_share: float) -> prepare.F32:
+def soft_labels(
+    train: prepare.Clips, smoothing: float, teacher_share: float, modulated: bool
+) -> prepare.F32:
     """Targets float32 [n, classes] of labelled clips: smoothed labels and what the
     teacher says of clips that it has not seen."""
     classes = len(train.names)
     targets = np.eye(classes, dtype=np.float32)[train.label]
     targets = targets * (1 - smoothing) + smoothing / classes
     if teacher_share > 0:
-        targets = teacher_share * teacher.soft_targets(train) + (1 - teacher_share) * targets
+        targets = teacher_share * teacher.soft_targets(train, modulated) + (1 - teacher_share) * targets
     return targets.astype(np.float32)
 
 
@@ -237,7 +241,7 @@ def main() -> None:
     every, valid = load_data(args.data)
     train = every.labelled()
     valid_windows = prepare.plain_windows(valid)
-    targets = soft_labels(train, args.smoothing, args.teacher_share)
+    targets = soft_labels(train, args.smoothing, args.teacher_share, args.modulations)
     tag_weight = args.tags if every.tags.shape[1] > 0 else 0.0
     used, used_targets = train, targets
     if tag_weight > 0:

@@ -203,11 +203,6 @@ function parseManifest(text: string, manifestPath: string): Manifest {
 function checkShapes(manifest: Manifest, manifestPath: string): void {
   const { graph, labels, profile, taxonomy = {}, outlierThreshold } = manifest;
   const { embedding, outlier } = graph.outputs;
-  const stranger = Object.values(taxonomy)
-    .flat()
-    .find((label) => !labels.includes(label));
-  if (stranger !== undefined)
-    throw new StartupError(`${manifestPath}: taxonomy names ${stranger}, which is no label.`);
   if ((outlier === undefined) !== (outlierThreshold === undefined))
     throw new StartupError(`${manifestPath}: an outlier output needs outlierThreshold, and the reverse.`);
   checkRank('outputs.embedding', embedding?.shape, 2, manifestPath);
@@ -225,6 +220,11 @@ function checkShapes(manifest: Manifest, manifestPath: string): void {
       `${manifestPath}: ${labels.length} labels for logits of shape ${JSON.stringify(graph.outputs.logits.shape)}.`,
     );
   }
+  const stranger = Object.values(taxonomy)
+    .flat()
+    .find((label) => !labels.includes(label));
+  if (stranger !== undefined)
+    throw new StartupError(`${manifestPath}: taxonomy names ${stranger}, which is no label.`);
   if (stepFrames > windowFrames)
     throw new StartupError(`${manifestPath}: stepFrames is larger than windowFrames.`);
   if (maxHz > sampleRate / 2)

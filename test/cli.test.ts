@@ -4,6 +4,8 @@ import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
 import { once } from 'node:events';
 import { existsSync } from 'node:fs';
 import { copyFile, cp, mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
+import { createServer } from 'node:http';
+import type { AddressInfo } from 'node:net';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { after, before, describe, test } from 'node:test';
@@ -164,7 +166,11 @@ describe('acousticsense evaluate on a running service', () => {
   const accepted = async () => (await system.log('api')).filter(({ msg }) => msg === 'accepted').length;
 
   test('broken, silent and strange files among good ones: the good ones are judged, the others are named', async () => {
-    const set = await placeSongs('mixed', [...many('rock', 3), ...many('JAZZ', 2), ...many('polka', 1)]);
+    const set = await placeSongs('mixed', [
+      ...many('rock', 3),
+      ...many('JAZZ', 2),
+      ...many('constructor', 1),
+    ]);
     await writeFile(path.join(set, 'rock/broken.mp3'), 'this is no music');
     await writeFile(path.join(set, 'rock/empty.flac'), '');
     await writeFile(
@@ -179,7 +185,7 @@ describe('acousticsense evaluate on a running service', () => {
     const report = JSON.parse(stdout) as Report;
     assert.equal(report.files, 9);
     assert.equal(report.judged, 5);
-    assert.deepEqual(report.unknownLabels, { polka: 1 });
+    assert.deepEqual(report.unknownLabels, { constructor: 1 });
     assert.deepEqual(report.failed, { not_audio: 1, empty_file: 1, silent: 1 });
     assert.deepEqual(report.failures.map(({ file }) => file).sort(), [
       'rock/broken.mp3',
@@ -244,6 +250,33 @@ describe('acousticsense evaluate on a running service', () => {
     const other = await run([...evaluate(set), '--out', out, '--duration', '1'], { ACOUSTICSENSE_KEY: key });
     assert.equal(other.code, 0, other.stderr);
     assert.ok((await accepted()) > before);
+  });
+
+  test('two runs may keep their answers in one place; what cannot be written there is named', async () => {
+    const set = await placeSongs('shared', many('rock', 3));
+    const out = path.join(directory, 'shared-out');
+    const args = [...evaluate(set), '--key', key, '--out', out];
+    for (const { code, stderr } of await Promise.all([run(args), run(args)])) assert.equal(code, 0, stderr);
+    const report = JSON.parse(await readFile(path.join(out, 'report.json'), 'utf8')) as Report;
+    assert.equal(report.judged, 3);
+    const names = ['answers.jsonl', 'confusion.png', 'confusion.svg', 'reliability.png', 'reliability.svg'];
+    assert.deepEqual((await readdir(out)).sort(), [...names, 'report.json', 'report.md']);
+
+    await rm(path.join(out, 'report.json'));
+    await mkdir(path.join(out, 'report.json'));
+    await refused(args, 1, /report\.json cannot be written \(EISDIR\)\.\n$/);
+    assert.deepEqual((await readdir(out)).sort(), [...names, 'report.json', 'report.md']);
+  });
+
+  test('an address that takes connections and never answers is given up', async () => {
+    const set = await placeSongs('mute', many('rock', 1));
+    await using server = createServer(() => {}).listen(0, '127.0.0.1');
+    await once(server, 'listening');
+    const { port } = server.address() as AddressInfo;
+    const { code, stderr } = await run(['evaluate', set, '--url', `http://127.0.0.1:${port}`]);
+    assert.equal(code, 1);
+    assert.match(stderr, /cannot be reached \(no answer in time\)/);
+    server.closeAllConnections();
   });
 
   test('a run that is killed goes on where it was', async () => {
@@ -441,15 +474,31 @@ describe('acousticsense with a private system', () => {
     assert.deepEqual(await dataDirectories(), []);
   });
 
-  test('kill -9 leaves no process', async () => {
+  test('kill -9 leaves neither a process nor a file', async () => {
     const going = start(['evaluate', set, '--out', 'killed-out']);
     await until(async () => (await dataDirectories()).length > 0 || undefined);
     await sleep(500);
     going.child.kill('SIGKILL');
     await going.ended;
     await assertNothingRuns(40_000);
-    await rm(scratch, { recursive: true });
-    await mkdir(scratch);
+    assert.deepEqual(await dataDirectories(), []);
+  });
+
+  test('kill -9 of the program behind the starter leaves its data only until the next run', async () => {
+    const going = start(['evaluate', set, '--out', 'killed-out']);
+    await until(async () => {
+      const [data] = await dataDirectories();
+      return (data !== undefined && existsSync(path.join(scratch, data, 'lock'))) || undefined;
+    });
+    const { pid } = going.child;
+    const children = await readFile(`/proc/${pid}/task/${pid}/children`, 'utf8');
+    process.kill(Number.parseInt(children, 10), 'SIGKILL');
+    await going.ended;
+    await assertNothingRuns(40_000);
+    assert.equal((await dataDirectories()).length, 1);
+    const { code, stderr } = await run(['evaluate', set, '--out', 'killed-out']);
+    assert.equal(code, 0, stderr);
+    assert.deepEqual(await dataDirectories(), []);
   });
 
   test('a bundle that does not load ends it with the reason', async () => {
@@ -507,8 +556,13 @@ describe('acousticsense model', () => {
     await placeSongs('calibration', ['jazz/99.wav'], 1.1);
 
     const before = await loadBundle(bundle);
-    const { code, stdout, stderr } = await run(['model', 'calibrate', bundle, '--data', set]);
+    const answers = path.join(directory, 'calibration-out');
+    const { code, stdout, stderr } = await run([
+      ...['model', 'calibrate', bundle, '--data', set],
+      ...['--out', answers],
+    ]);
     assert.equal(code, 0, stderr);
+    assert.equal((await readLines(path.join(answers, 'answers.jsonl'))).length, 50);
     assert.match(stderr, /1 files have labels that the model does not know/);
     const now = await loadBundle(bundle);
     const { calibration, accuracy, threshold, ...rest } = now.manifest;
@@ -629,6 +683,20 @@ describe('acousticsense model', () => {
       }
       await refused(['model', 'import', 'save.pt', '--out', 'imported'], 2, /needs --profile NAME\|FILE/);
       assert.equal(existsSync(path.join(directory, 'imported')), false);
+    });
+
+    test('a Python without the packages is named, and so is the package', async () => {
+      const bare = path.join(directory, 'bare-python');
+      await writeFile(
+        bare,
+        '#!/bin/sh\necho "Traceback (most recent call last):\n  File\nModuleNotFoundError: No module named \'numpy\'" >&2\nexit 1\n',
+        { mode: 0o755 },
+      );
+      const args = ['model', 'import', 'save.pt', '--profile', 'ccmusic-mel', '--out', 'imported'];
+      const { code, stderr } = await run(args, { ACOUSTICSENSE_PYTHON: bare });
+      assert.equal(code, 1);
+      assert.match(stderr, /^The Python at .*bare-python has no package numpy: install [^\n]*\n$/);
+      assert.deepEqual(await dataDirectories(), []);
     });
 
     test('what is no checkpoint is refused with a sentence, and nothing is written', { skip }, async () => {

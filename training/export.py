@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,7 +28,7 @@ import graphs
 import labels
 import metrics
 import prepare
-from model import GRID, IMAGE_SIZE, GenreViT, ModelConfig, roll_out
+from model import GRID, IMAGE_SIZE, GenreViT, load_network, roll_out
 from outliers import OutlierScore, load_score
 
 NAME = "acousticsense-default"
@@ -62,43 +61,6 @@ MISSING = [{
     "reason": "Neither collection that the model was trained on holds a recording of it, and "
               "a label that was never trained would be an invention.",
 }]
-
-
-def profile() -> dict[str, Any]:
-    """What the service's decoder has to do: model.json's ``profile``."""
-    return {
-        "sampleRate": prepare.SAMPLE_RATE, "channels": "mean", "resampler": "soxr",
-        "window": "hann", "fftSize": prepare.FFT_SIZE, "hopLength": prepare.HOP,
-        "centered": False, "padMode": "none", "power": 2,
-        "melScale": "slaney", "melNorm": "slaney", "melBands": prepare.BANDS,
-        "minHz": 0, "maxHz": prepare.SAMPLE_RATE // 2,
-        "reference": "max", "scope": "window", "floorDb": int(prepare.FLOOR_DB),
-        "stretch": "none", "quantisation": "linear-uint8",
-        "windowFrames": prepare.FRAMES, "stepFrames": prepare.FRAMES // 2,
-        "placement": "anchored", "shortInput": "loop",
-    }
-
-
-def fit_temperature(logits: npt.NDArray[np.float32], label: npt.NDArray[np.int64]) -> float:
-    """The one temperature that minimises validation negative log-likelihood."""
-
-    def loss(log_t: float) -> float:
-        p = metrics.softmax(logits, float(np.exp(log_t)))
-        return float(-np.log(p[np.arange(len(label)), label] + 1e-12).mean())
-
-    found = minimize_scalar(loss, bounds=(-2.0, 2.0), method="bounded")
-    return float(np.exp(found.x))
-
-
-def pick_threshold(probability: metrics.F64, label: npt.NDArray[np.int64]) -> float:
-    """Smallest multiple of 0.05 above which at least two answers in three are right."""
-    confidence = probability.max(axis=1)
-    right = probability.argmax(axis=1) == label
-    for step in range(2, 19):
-        above = confidence >= step * 0.05
-        if above.any() and right[above].mean() >= 2 / 3:
-            return round(step * 0.05, 2)
-    return 0.9
 
 
 def self_test_windows() -> npt.NDArray[np.uint8]:
@@ -156,15 +118,12 @@ def milliseconds_per_window(network: onnxruntime.InferenceSession) -> float:
 
 def load_run(run: Path) -> tuple[ExportedForm, dict[str, Any]]:
     """The trained network with its outlier score, and all that the run says of itself."""
-    saved = torch.load(run / "model.pt", weights_only=True)
     facts: dict[str, Any] = json.loads((run / "run.json").read_text())
     for extra in ("robustness", "source", "outlier", "audio"):
         path = run / f"{extra}.json"
         if path.exists():
             facts[extra] = json.loads(path.read_text())
-    model = GenreViT(ModelConfig.from_dict(saved["config"]))
-    model.load_state_dict(saved["state"])
-    return ExportedForm(model, load_score(run / "outlier.pt")).eval(), facts
+    return ExportedForm(load_network(run), load_score(run / "outlier.pt")).eval(), facts
 
 
 def write_graphs(form: ExportedForm, out: Path) -> npt.NDArray[np.float32]:
@@ -196,7 +155,7 @@ def calibrate(
     logits: npt.NDArray[np.float32], label: npt.NDArray[np.int64]
 ) -> tuple[dict[str, Any], metrics.F64]:
     """model.json's ``calibration``, and the calibrated probabilities [n, classes]."""
-    temperature = round(fit_temperature(logits, label), 4)
+    temperature = round(metrics.fit_temperature(logits, label), 4)
     before, after = metrics.softmax(logits), metrics.softmax(logits, temperature)
     return {
         "method": "temperature", "temperature": temperature,
@@ -226,7 +185,7 @@ def manifest_of(
         "provenance": PROVENANCE if ours else "Trained with this project's training/train.py on its user's audio.",
         "labels": list(names),
         **({"taxonomy": TAXONOMY, "missing": MISSING} if ours else {}),
-        "profile": profile(),
+        "profile": prepare.profile(),
         "graph": {
             "file": "model.onnx",
             "input": {"name": "windows", "shape": ["batch", prepare.BANDS, prepare.FRAMES],
@@ -249,7 +208,7 @@ def manifest_of(
         "windows": "middle",
         "aggregation": "mean",
         "calibration": calibration,
-        "threshold": pick_threshold(probability, label),
+        "threshold": metrics.pick_threshold(probability, label),
         "outlierThreshold": outlier_threshold,
         "accuracy": {
             "split": "validation",

@@ -144,13 +144,11 @@ def main() -> None:
     p.add_argument("--run", type=Path, required=True)
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args()
-    from export import fit_temperature, pick_threshold
-
     args.out.mkdir(parents=True, exist_ok=True)
     with np.load(args.run / "valid.npz") as z:
         logits, label = z["logits"], z["label"]
-    probability = metrics.softmax(logits, fit_temperature(logits, label))
-    for path in draw_all(probability, label, args.out, pick_threshold(probability, label)):
+    probability = metrics.softmax(logits, metrics.fit_temperature(logits, label))
+    for path in draw_all(probability, label, args.out, metrics.pick_threshold(probability, label)):
         print(f"{path}  {path.stat().st_size / 1000:.0f} kB")
 
 

@@ -6,10 +6,12 @@ from typing import Sequence, TypedDict
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import minimize_scalar
 
 import labels
 from prepare import SOURCE_NAMES
 
+F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
@@ -136,3 +138,25 @@ def reliability(probability: F64, label: I64, bins: int = 10) -> list[Bin]:
          "clips": int((which == b).sum()), "right": int(right[which == b].sum())}
         for b in range(bins)
     ]
+
+
+def fit_temperature(logits: F32, label: I64) -> float:
+    """The one temperature that minimises validation negative log-likelihood."""
+
+    def loss(log_t: float) -> float:
+        p = softmax(logits, float(np.exp(log_t)))
+        return float(-np.log(p[np.arange(len(label)), label] + 1e-12).mean())
+
+    found = minimize_scalar(loss, bounds=(-2.0, 2.0), method="bounded")
+    return float(np.exp(found.x))
+
+
+def pick_threshold(probability: F64, label: I64) -> float:
+    """Smallest multiple of 0.05 above which at least two answers in three are right."""
+    confidence = probability.max(axis=1)
+    right = probability.argmax(axis=1) == label
+    for step in range(2, 19):
+        above = confidence >= step * 0.05
+        if above.any() and right[above].mean() >= 2 / 3:
+            return round(step * 0.05, 2)
+    return 0.9

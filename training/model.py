@@ -13,6 +13,7 @@ rests on. They are computed inside the graph, from the same uint8 window.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -389,6 +390,14 @@ class GenreViT(nn.Module):
             self.statistics_head(self.dropout(found.statistics)),
             tags,
         )
+
+
+def load_network(run: Path) -> GenreViT:
+    """The network that train.py saved in ``run``, ready to answer."""
+    saved = torch.load(run / "model.pt", weights_only=True)
+    model = GenreViT(ModelConfig.from_dict(saved["config"]))
+    model.load_state_dict(saved["state"])
+    return model.eval()
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 import metrics
 import not_music
 import prepare
-from model import GenreViT, ModelConfig, WindowStatistics
+from model import GenreViT, WindowStatistics, load_network
 
 F32 = npt.NDArray[np.float32]
 
@@ -372,18 +372,14 @@ def main() -> None:
     p.add_argument("--confident", type=float, default=0.5, help="calibrated probability that counts as confident")
     p.add_argument("--threads", type=int, default=1)
     args = p.parse_args()
-    from export import fit_temperature, profile as front_end
     from train import load_data
 
     torch.set_num_threads(args.threads)
     begin, spent = time.time(), time.process_time()
-    saved = torch.load(args.run / "model.pt", weights_only=True)
-    model = GenreViT(ModelConfig.from_dict(saved["config"]))
-    model.load_state_dict(saved["state"])
-    model.eval()
+    model = load_network(args.run)
     with np.load(args.run / "valid.npz") as z:
-        temperature = fit_temperature(z["logits"], z["label"])
-    profile = front_end()
+        temperature = metrics.fit_temperature(z["logits"], z["label"])
+    profile = prepare.profile()
 
     clips = load_data(args.data)[0].labelled()
     rounds = max(1, round(4_000 / len(clips)))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Final, Iterator
+from typing import Any, Final, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,21 @@ _GTZAN_STEP: Final = HOP / 512 * 387.5 / 1293
 """Columns of a GTZAN array for one column of the view: 3.025."""
 
 _FMA_NYQUIST: Final = 22_050.0
+
+
+def profile() -> dict[str, Any]:
+    """What the service's decoder has to do: model.json's ``profile``."""
+    return {
+        "sampleRate": SAMPLE_RATE, "channels": "mean", "resampler": "soxr",
+        "window": "hann", "fftSize": FFT_SIZE, "hopLength": HOP,
+        "centered": False, "padMode": "none", "power": 2,
+        "melScale": "slaney", "melNorm": "slaney", "melBands": BANDS,
+        "minHz": 0, "maxHz": SAMPLE_RATE // 2,
+        "reference": "max", "scope": "window", "floorDb": int(FLOOR_DB),
+        "stretch": "none", "quantisation": "linear-uint8",
+        "windowFrames": FRAMES, "stepFrames": FRAMES // 2,
+        "placement": "anchored", "shortInput": "loop",
+    }
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ import torch
 import evaluate_audio
 import labels
 import metrics
-from export import fit_temperature, profile
-from model import GenreViT, ModelConfig
+import prepare
+from model import GenreViT, load_network
 
 
 def held_out(data: Path) -> set[str]:
@@ -34,7 +34,7 @@ def ask(
     model: GenreViT, temperature: float, files: list[Path], which: str
 ) -> metrics.Figures:
     """Figures of the mean probability over ``which`` windows of each file."""
-    settings: dict[str, Any] = profile()
+    settings: dict[str, Any] = prepare.profile()
     scores, truth = [], []
     for file in files:
         label = labels.from_file_name(file.name)
@@ -56,12 +56,9 @@ def main() -> None:
     p.add_argument("--data", type=Path, required=True)
     p.add_argument("--audio", type=Path, required=True)
     args = p.parse_args()
-    saved = torch.load(args.run / "model.pt", weights_only=True)
-    model = GenreViT(ModelConfig.from_dict(saved["config"]))
-    model.load_state_dict(saved["state"])
-    model.eval()
+    model = load_network(args.run)
     with np.load(args.run / "valid.npz") as z:
-        temperature = fit_temperature(z["logits"], z["label"])
+        temperature = metrics.fit_temperature(z["logits"], z["label"])
 
     known = held_out(args.data)
     clips = sorted(f for f in (args.audio / "gtzan").glob("*.flac") if f.stem in known)

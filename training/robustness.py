@@ -17,7 +17,7 @@ import torch
 
 import metrics
 import prepare
-from model import GenreViT, ModelConfig
+from model import load_network
 from train import predict
 
 SECONDS = (3, 5, 8, 10, 15, 20, 30)
@@ -48,9 +48,7 @@ def main() -> None:
     args = p.parse_args()
     valid = prepare.load_split(args.data, "valid").labelled()
     torch.set_num_threads(args.threads)
-    saved = torch.load(args.run / "model.pt", weights_only=True)
-    model = GenreViT(ModelConfig.from_dict(saved["config"]))
-    model.load_state_dict(saved["state"])
+    model = load_network(args.run)
 
     def ask(windows: torch.Tensor) -> Row:
         logits = predict(model, windows).numpy()

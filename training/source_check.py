@@ -22,8 +22,7 @@ import evaluate_audio
 import labels
 import metrics
 import prepare
-from export import profile
-from model import GenreViT, ModelConfig
+from model import load_network
 
 GTZAN_ONLY = [labels.INDEX[n] for n in ("Blues", "Classical", "Country", "Disco", "Jazz")]
 SECONDS = 30
@@ -44,10 +43,7 @@ def main() -> None:
     p.add_argument("--run", type=Path, required=True)
     p.add_argument("--audio", type=Path, required=True)
     args = p.parse_args()
-    saved = torch.load(args.run / "model.pt", weights_only=True)
-    model = GenreViT(ModelConfig.from_dict(saved["config"]))
-    model.load_state_dict(saved["state"])
-    model.eval()
+    model = load_network(args.run)
 
     stored, served, songs = [], [], 0
     for file in sorted(args.audio.rglob("*.mp3")):
@@ -58,8 +54,8 @@ def main() -> None:
         for start in range(0, len(mono) // rate - SECONDS, STEP_SECONDS):
             stored.append(as_arrays_were_cut(mono[start * rate : (start + SECONDS) * rate], rate))
             part = served_samples[start * prepare.SAMPLE_RATE : (start + SECONDS) * prepare.SAMPLE_RATE]
-            power = evaluate_audio.mel_power(part, profile())
-            served.append(torch.from_numpy(evaluate_audio.to_windows(power, profile(), "first")))
+            power = evaluate_audio.mel_power(part, prepare.profile())
+            served.append(torch.from_numpy(evaluate_audio.to_windows(power, prepare.profile(), "first")))
     with torch.no_grad():
         first = metrics.softmax(model.prepared_logits(torch.cat(stored)).numpy())
         second = metrics.softmax(model(torch.cat(served))[0].numpy())

@@ -28,7 +28,7 @@ import metrics
 import own_audio
 import prepare
 import teacher
-from model import GenreViT, ModelConfig, count_parameters
+from model import GenreViT, ModelConfig, count_parameters, load_network
 
 
 def parse_arguments() -> tuple[argparse.Namespace, dict[str, object]]:
@@ -358,10 +358,8 @@ def save(
 
 def finish(out: Path, prior: float, valid: prepare.Clips) -> None:
     """Gives the saved network of ``out`` the genre prior that it is shipped with."""
-    saved = torch.load(out / "model.pt", weights_only=True)
     facts = json.loads((out / "run.json").read_text())
-    model = GenreViT(ModelConfig.from_dict(saved["config"]))
-    model.load_state_dict(saved["state"])
+    model = load_network(out)
     clips = np.array(list(facts["trainClipsByGenre"].values()), dtype=np.float64)
     level_prior(model, clips, facts.get("prior", facts["settings"]["balance"]), prior)
     logits = predict(model, prepare.plain_windows(valid)).numpy()

@@ -40,6 +40,7 @@ export type Answer = z.infer<typeof answerSchema>;
 
 export interface Journal extends AsyncDisposable {
   find(key: string): Answer | undefined;
+  /** @throws {Failure} when it cannot be kept. */
   add(answer: Answer): Promise<void>;
 }
 
@@ -83,7 +84,9 @@ export async function openJournal(directory: string): Promise<Journal> {
   return {
     find: (key) => known.get(key),
     async add(answer) {
-      await handle.appendFile(`${JSON.stringify(answer)}\n`);
+      await handle.appendFile(`${JSON.stringify(answer)}\n`).catch((error: unknown) => {
+        throw new Failure(`${file} cannot be written (${systemCode(error)}): the last answer is not kept.`);
+      });
     },
     [Symbol.asyncDispose]: () => handle.close(),
   };

@@ -1,5 +1,5 @@
 /** Writes into a bundle what was measured on its owner's labelled files. */
-import { randomBytes } from 'node:crypto';
+import { createHash, randomBytes } from 'node:crypto';
 import { readFile, realpath, rename, rm, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { type Bundle, loadBundle, type Manifest, manifestSchema } from '@acousticsense/shared/bundle';
@@ -79,13 +79,21 @@ const rounded = (value: number) => Math.round(value * 1e4) / 1e4;
 /**
  * Replaces calibration, threshold and accuracy in model.json in one step; all else stays as it was written.
  *
+ * @param measured the bundle whose answers were fitted.
  * @returns the bundle as it is now, with another digest.
- * @throws {Failure} when it cannot be written; then nothing has changed.
+ * @throws {Failure} when it cannot be written, or is another one by now; then nothing has changed.
  */
-export async function writeCalibration(directory: string, fitted: Fitted): Promise<Bundle> {
+export async function writeCalibration(measured: Bundle, fitted: Fitted): Promise<Bundle> {
+  const { directory } = measured;
   // Through a link: the file it leads to is replaced, not the link.
   const file = await realpath(path.join(directory, 'model.json'));
-  const manifest = { ...(JSON.parse(await readFile(file, 'utf8')) as object), ...fitted };
+  const text = await readFile(file);
+  if (createHash('sha256').update(text).digest('hex') !== measured.digest) {
+    throw new Failure(
+      `${file} has changed since the files were sent, so what was measured is not of this model: nothing was written.`,
+    );
+  }
+  const manifest = { ...(JSON.parse(text.toString('utf8')) as object), ...fitted };
   manifestSchema.parse(manifest);
   const fresh = `${file}.${randomBytes(4).toString('hex')}`;
   try {

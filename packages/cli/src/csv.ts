@@ -16,9 +16,9 @@ export interface CsvFile {
 
 /** @throws {Failure} naming the line that is not CSV. */
 export async function readCsv(file: string): Promise<CsvFile> {
-  let text: string;
+  let bytes: Buffer;
   try {
-    text = await readFile(file, 'utf8');
+    bytes = await readFile(file);
   } catch (error) {
     const code = systemCode(error);
     throw new Failure(
@@ -27,7 +27,8 @@ export async function readCsv(file: string): Promise<CsvFile> {
   }
   let parsed: { record: string[]; info: { lines: number } }[];
   try {
-    parsed = parse(text, {
+    parsed = parse(bytes, {
+      // Tells UTF-16, as spreadsheets write it, from UTF-8 too.
       bom: true,
       info: true,
       skip_empty_lines: true,

@@ -65,7 +65,7 @@ export function judge(
 ): Report {
   const { model, threshold, match } = about;
   const failures: Report['failures'] = [];
-  const unknownLabels: Record<string, number> = {};
+  const unknownLabels: string[] = [];
   const judged: (Judged & { uncertain: boolean })[] = [];
   const providers = new Set<string>();
   for (const { file, answer } of answered) {
@@ -81,7 +81,7 @@ export function judge(
     }
     const truth = match(file.label);
     if (truth === undefined) {
-      unknownLabels[file.label] = (unknownLabels[file.label] ?? 0) + 1;
+      unknownLabels.push(file.label);
       continue;
     }
     const one = { truth, probabilities: model.labels.map((label) => result.probabilities[label] ?? 0) };
@@ -106,7 +106,7 @@ export function judge(
     judged: judged.length,
     failed: countBy(failures.map(({ code }) => code)),
     failures,
-    unknownLabels,
+    unknownLabels: countBy(unknownLabels),
     accuracy: judged.length === 0 ? null : accuracy(judged),
     recall: recallByLabel(judged, model.labels),
     confusions: commonestConfusions(full, model.labels),
@@ -123,9 +123,10 @@ export function judge(
 }
 
 function countBy(values: readonly string[]): Record<string, number> {
-  const counts: Record<string, number> = {};
-  for (const value of values) counts[value] = (counts[value] ?? 0) + 1;
-  return counts;
+  // No plain object while counting: a label may be called "constructor".
+  const counts = new Map<string, number>();
+  for (const value of values) counts.set(value, (counts.get(value) ?? 0) + 1);
+  return Object.fromEntries(counts);
 }
 
 /** Without the labels that are neither anybody's truth nor anybody's answer. */

@@ -64,6 +64,14 @@ test('a CSV: other columns are ignored, quotes are RFC 4180, paths are relative 
   assert.match(notes.join(), /1 rows repeat/);
 });
 
+test('a CSV that repeats a file with its label in other letters, written as UTF-16 by a spreadsheet', async () => {
+  const text = '\ufeffpath,label\r\na.mp3,hip-hop\r\n./a.mp3,Hip Hop\r\nb.mp3,rock\r\n';
+  await writeFile(path.join(directory, 'list.csv'), text, 'utf16le');
+  const { files, notes } = await find('list.csv');
+  assert.deepEqual(pairs(files), ['a.mp3=hip-hop', 'b.mp3=rock']);
+  assert.match(notes.join(), /1 rows repeat/);
+});
+
 const faults: [string, string, RegExp][] = [
   ['without a label column', 'path,genre\na.mp3,rock\n', /no column "label".*names path, genre/],
   ['without rows', 'path,label\n', /names no file/],

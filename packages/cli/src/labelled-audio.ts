@@ -3,6 +3,7 @@ import { readdir, stat } from 'node:fs/promises';
 import path from 'node:path';
 import { readCsv } from './csv.ts';
 import { Failure } from './failure.ts';
+import { essence } from './labels.ts';
 
 export interface LabelledFile {
   /** Absolute. */
@@ -70,6 +71,10 @@ async function fromDirectory(directory: string, knows: (label: string) => boolea
   };
 }
 
+function isSameLabel(one: string, other: string): boolean {
+  return one === other || (essence(one) !== '' && essence(one) === essence(other));
+}
+
 async function fromCsv(file: string): Promise<LabelledAudio> {
   const { columns, rows } = await readCsv(file);
   const place = Object.fromEntries(
@@ -95,7 +100,7 @@ async function fromCsv(file: string): Promise<LabelledAudio> {
     if (before === undefined) {
       seen.set(full, { label, line });
       files.push({ path: full, name, label });
-    } else if (before.label === label) repeated += 1;
+    } else if (isSameLabel(before.label, label)) repeated += 1;
     else {
       throw new Failure(
         `${file}: ${name} is "${before.label}" in line ${before.line} and "${label}" in line ${line}; a file has one label.`,

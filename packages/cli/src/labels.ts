@@ -7,7 +7,7 @@ import { Failure } from './failure.ts';
 export type LabelMatcher = (label: string) => number | undefined;
 
 /** `Hip-Hop`, `hip hop` and `hiphop` are one: only letters and digits count, in any case, of any script. */
-const essence = (label: string) =>
+export const essence = (label: string) =>
   label
     .normalize('NFKC')
     .toLowerCase()

@@ -102,6 +102,7 @@ describe('a reference file', () => {
     ['with a label that is not there', 'file,window,blues,rock,soul\na,0,1,2,3\n', /no label soul/],
     ['with a label twice', 'file,window,blues,rock,Rock\na,0,1,2,3\n', /two columns are of the same label/],
     ['with what is no number', 'file,window,0,1,2\na,0,1,nan,3\n', /line 2: "nan" is no number/],
+    ['with a number beyond all numbers', 'file,window,0,1,2\na,0,1,1e999,3\n', /"1e999" is no number/],
     [
       'with a window twice',
       'file,window,0,1,2\na,0,1,2,3\na,0,1,2,3\n',

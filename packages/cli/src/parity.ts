@@ -71,7 +71,7 @@ export async function readReference(
     if (!/^\d+$/.test(window)) {
       throw new Failure(`${csv}, line ${line}: the window is "${window}"; windows are counted 0, 1, 2.`);
     }
-    const wrong = values.find((value) => !number.test(value));
+    const wrong = values.find((value) => !number.test(value) || !Number.isFinite(Number(value)));
     if (wrong !== undefined) throw new Failure(`${csv}, line ${line}: "${wrong}" is no number.`);
     const windows = files.get(file) ?? new Map<number, number[]>();
     if (windows.has(index))

@@ -1,11 +1,11 @@
 /** A whole AcousticSense of the command's own: started on a bundle, used, stopped, its data thrown away. */
-import { type ChildProcess, spawn } from 'node:child_process';
+import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
 import { accessSync, constants, existsSync } from 'node:fs';
-import { mkdtemp, readFile, rm } from 'node:fs/promises';
+import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { Failure } from './failure.ts';
+import { Failure, systemCode } from './failure.ts';
 
 const root = path.resolve(import.meta.dirname, '../../..');
 export const defaultBundle = path.join(root, 'models/default');
@@ -17,6 +17,7 @@ export interface PrivateSystem extends AsyncDisposable {
 }
 
 const setpriv = '/usr/bin/setpriv';
+const prefix = 'acousticsense-private-';
 const pollMs = 50;
 /** The launcher gives its services 30 s; then it is killed, and the kernel ends the rest. */
 const graceMs = 45_000;
@@ -44,7 +45,12 @@ export async function startPrivateSystem(
   signal: AbortSignal,
 ): Promise<PrivateSystem> {
   checkPrograms(env['PATH'] ?? '');
-  const dataDir = await mkdtemp(path.join(tmpdir(), 'acousticsense-'));
+  await removeAbandoned();
+  const dataDir = await mkdtemp(path.join(tmpdir(), prefix)).catch((error: unknown) => {
+    throw new Failure(
+      `${tmpdir()} cannot be written (${systemCode(error)}): name another directory for temporary files in TMPDIR.`,
+    );
+  });
   const launcher = launch(dataDir, bundle, env);
   const ended = new AbortController();
   let stopping = false;
@@ -125,6 +131,22 @@ async function readyUrl(dataDir: string, signal: AbortSignal): Promise<string> {
     // Not its `localhost`: that may be looked up as ::1 first.
     if (url !== undefined) return url.replace('//localhost:', '//127.0.0.1:');
     await sleep(pollMs, undefined, { signal });
+  }
+}
+
+/**
+ * Throws away what commands that were killed outright could not: their data directories whose lock (the launcher's,
+ * freed by the kernel when its last process has ended) nobody holds.
+ */
+async function removeAbandoned(): Promise<void> {
+  const names = await readdir(tmpdir()).catch(() => []);
+  for (const name of names.filter((one) => one.startsWith(prefix))) {
+    const directory = path.join(tmpdir(), name);
+    const lock = path.join(directory, 'lock');
+    // Without a lock it is being made.
+    if (!existsSync(lock) || spawnSync('flock', ['-n', lock, 'true'], { stdio: 'ignore' }).status !== 0)
+      continue;
+    await rm(directory, { recursive: true, force: true }).catch(() => {});
   }
 }
 

@@ -7,9 +7,10 @@ import { Failure } from './failure.ts';
 const root = path.resolve(import.meta.dirname, '../../..');
 
 /** @throws {Failure} with the commands that make the environment. */
-export function findPython({ python }: Pick<CliConfig, 'python'>): string {
+export function findPython({ python, env }: Pick<CliConfig, 'python' | 'env'>): string {
   if (python !== undefined) {
-    if (python.includes('/') && !existsSync(python))
+    const places = python.includes('/') ? [''] : (env['PATH'] ?? '').split(':');
+    if (!places.some((place) => existsSync(path.join(place, python))))
       throw new Failure(`There is no Python at ${python} (ACOUSTICSENSE_PYTHON).`);
     return python;
   }

@@ -8,6 +8,9 @@ export interface Ended {
   readonly stderr: string;
 }
 
+/** Names inside a file that is not ours may hold codes that steer a terminal. */
+// biome-ignore lint/suspicious/noControlCharactersInRegex: they are what is looked for
+const controls = /[\0-\x08\x0b-\x1f\x7f-\x9f]/g;
 const setpriv = '/usr/bin/setpriv';
 
 /**
@@ -40,11 +43,17 @@ export async function runProgram(
   });
   child.stderr.setEncoding('utf8').on('data', (chunk: string) => {
     stderr = (stderr + chunk).slice(-20_000);
-    const lines = (rest + chunk).split('\n');
+    const lines = (rest + chunk).replace(controls, '\ufffd').split('\n');
     rest = lines.pop()!;
     for (const line of lines) onLine(line);
   });
-  const stop = () => child.pid !== undefined && process.kill(-child.pid, 'SIGTERM');
+  const stop = () => {
+    try {
+      if (child.pid !== undefined) process.kill(-child.pid, 'SIGTERM');
+    } catch {
+      // It has ended meanwhile.
+    }
+  };
   signal.addEventListener('abort', stop, { once: true });
   try {
     const code = await new Promise<number>((resolve, reject) => {

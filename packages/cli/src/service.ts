@@ -77,6 +77,9 @@ export interface Service {
 
 /** How long a service that was there may be away. */
 const goneAfterMs = 60_000;
+/** How long one answer may take, uploads apart; the first one, of a program that may be any, less. */
+const answerMs = 30_000;
+const firstAnswerMs = 10_000;
 /** How long a service may say that nobody serves its model. */
 const unservedAfterMs = 120_000;
 const firstPollMs = 40;
@@ -110,7 +113,9 @@ export async function connect(
       let text: string;
       try {
         using limit = given.method === 'POST' ? later(signal, farewellMs) : undefined;
-        response = await fetch(base + at, { ...given, headers, signal: limit?.signal ?? signal });
+        const patience = AbortSignal.timeout(reachable ? answerMs : firstAnswerMs);
+        const until = limit?.signal ?? AbortSignal.any([signal, patience]);
+        response = await fetch(base + at, { ...given, headers, signal: until });
         text = await response.text();
       } catch (error) {
         signal.throwIfAborted();
@@ -194,11 +199,18 @@ export async function connect(
   }
 
   async function finished(accepted: Job, signal: AbortSignal): Promise<Job | undefined> {
+    let told = Date.now();
     for (let pause = firstPollMs; ; pause = Math.min(longestPollMs, pause * 1.5)) {
       await sleep(pause, undefined, { signal });
       const { response, body } = await request(`/v1/jobs/${accepted.id}`, signal);
       if (response.status === 404) return undefined;
       const { data: job } = jobSchema.safeParse(body);
+      if (job !== undefined) told = Date.now();
+      else if (Date.now() - told > goneAfterMs) {
+        throw new Failure(
+          `${base} has not told the state of a job for ${goneAfterMs / 1_000} s: it answers ${response.status}.`,
+        );
+      }
       if (job !== undefined && ['completed', 'failed', 'cancelled'].includes(job.state)) return job;
     }
   }
@@ -316,5 +328,6 @@ function parseJson(text: string): unknown {
 function causeOf(error: unknown): string {
   const { cause } = error as { cause?: NodeJS.ErrnoException & { errors?: NodeJS.ErrnoException[] } };
   const first = cause?.errors?.[0] ?? cause;
+  if ((error as Error).name === 'TimeoutError') return 'no answer in time';
   return first?.code ?? first?.message ?? (error as Error).message;
 }

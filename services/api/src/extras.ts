@@ -45,7 +45,10 @@ export async function readExtra(
     throw new ProblemError(code, `The job ended as ${record.state}, so it has no ${extra}.`);
   return storage.read(keyOf(record.tenant, record.id)).catch((error) => {
     throw error instanceof ObjectNotFound
-      ? new ProblemError(code, `The storage no longer holds the ${extra} of this job.`)
+      ? new ProblemError(
+          code,
+          `There is no ${extra} of this job: the storage no longer holds it, or the model could not give it.`,
+        )
       : error;
   });
 }

@@ -1,9 +1,10 @@
-import { mkdir, rename, writeFile } from 'node:fs/promises';
+import { randomBytes } from 'node:crypto';
+import { mkdir, rename, rm, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { answerFiles, openJournal } from '../answers.ts';
 import { defineCommand, numberOption } from '../command.ts';
 import { judge, type Report, toMarkdown, toText } from '../evaluation.ts';
-import { Failure, UsageError } from '../failure.ts';
+import { Failure, systemCode, UsageError } from '../failure.ts';
 import { findLabelledAudio, type LabelledFile } from '../labelled-audio.ts';
 import { createLabelMatcher, readAliases } from '../labels.ts';
 import { confusionPicture, reliabilityPicture, toPng } from '../pictures.ts';
@@ -129,8 +130,8 @@ function refuseStrangers(
   );
 }
 
+/** @throws {Failure} when a file cannot be written; every file that is there is whole. */
 async function writeReport(out: string, report: Report): Promise<void> {
-  await mkdir(out, { recursive: true });
   const files: Record<string, string | Buffer> = {
     'report.json': `${JSON.stringify(report, null, 2)}\n`,
     'report.md': toMarkdown(report),
@@ -144,7 +145,15 @@ async function writeReport(out: string, report: Report): Promise<void> {
   }
   for (const [name, content] of Object.entries(files)) {
     const file = path.join(out, name);
-    await writeFile(`${file}.new`, content);
-    await rename(`${file}.new`, file);
+    // A name of its own: another run may be writing the same report.
+    const fresh = `${file}.${randomBytes(4).toString('hex')}`;
+    try {
+      await mkdir(out, { recursive: true });
+      await writeFile(fresh, content);
+      await rename(fresh, file);
+    } catch (error) {
+      await rm(fresh, { force: true }).catch(() => {});
+      throw new Failure(`${file} cannot be written (${systemCode(error)}).`);
+    }
   }
 }

@@ -43,7 +43,8 @@ export const modelCalibrate = defineCommand({
     const analysis = analysisOf(options);
     const concurrency = concurrencyOf(options);
     const directory = findBundle(operands[0]!);
-    const { manifest } = await loadBundle(directory, { verifyFiles: false });
+    const bundle = await loadBundle(directory, { verifyFiles: false });
+    const { manifest } = bundle;
     const { labels, aggregation } = manifest;
     const aliases = options.aliases === undefined ? {} : await readAliases(options.aliases);
     const match = createLabelMatcher(labels, aliases);
@@ -61,7 +62,8 @@ export const modelCalibrate = defineCommand({
       async (service, running) => {
         await using journal =
           options.out === undefined ? forgettingJournal() : await openJournal(path.resolve(options.out));
-        return answerFiles(files, {
+        // Awaited here: the journal is closed on return.
+        return await answerFiles(files, {
           service,
           options: { ...analysis, vectors: true },
           journal,
@@ -84,7 +86,7 @@ export const modelCalibrate = defineCommand({
     const dryRun = options['dry-run'] === true;
     const { digest } = dryRun
       ? await loadBundle(directory, { verifyFiles: false })
-      : await writeCalibration(directory, fitted);
+      : await writeCalibration(bundle, fitted);
     if (options.json === true)
       terminal.print(JSON.stringify({ bundle: directory, digest, written: !dryRun, ...fitted }, null, 2));
     else {

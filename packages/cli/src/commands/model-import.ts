@@ -1,7 +1,9 @@
+import { mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { z } from 'zod';
 import { defineCommand } from '../command.ts';
-import { Failure, UsageError } from '../failure.ts';
+import { Failure, systemCode, UsageError } from '../failure.ts';
 import { findPython } from '../python.ts';
 import { runProgram } from '../run-program.ts';
 import { checkBundle } from './model-check.ts';
@@ -78,20 +80,33 @@ export const modelImport = defineCommand({
     });
     const python = findPython(config);
     const lines: string[] = [];
+    /** A stack trace began, before the importer could catch anything. */
+    let broken = false;
+    // PyTorch makes folders for its compiler when it is imported.
+    await using scratch = await scratchDirectory();
     const { code, stdout } = await runProgram([python, program, ...args, '--', operands[0]!], {
-      env: { ...config.env, PYTHONUNBUFFERED: '1' },
+      env: { ...config.env, PYTHONUNBUFFERED: '1', TMPDIR: scratch.path },
       signal,
       onLine: (line) => {
         lines.push(line);
-        terminal.note(line);
+        broken ||= line.startsWith('Traceback ');
+        if (!broken) terminal.note(line);
       },
     });
     if (code !== 0) {
+      const missing = /^ModuleNotFoundError: No module named '([^']+)'/.exec(lines.at(-1) ?? '')?.[1];
+      if (missing !== undefined) {
+        throw new Failure(
+          `The Python at ${python} has no package ${missing}: install training/requirements.txt there, or name another with ACOUSTICSENSE_PYTHON.`,
+        );
+      }
+      if (broken) throw new Failure(`The importer could not run:\n${lines.join('\n')}`);
       // Its own sentence stands on the terminal already.
       if (lines.length > 0) return 1;
       throw new Failure(`The importer ended with exit code ${code} and said nothing.`);
     }
     const imported = importedSchema.parse(JSON.parse(stdout));
+    for (const warning of imported.warnings) terminal.note(warning);
     const sound = await checkBundle(imported.bundle, [], { terminal, config, signal }, { quiet: true });
     if (options.json === true) terminal.print(JSON.stringify(imported, null, 2));
     else {
@@ -112,3 +127,12 @@ export const modelImport = defineCommand({
     return sound;
   },
 });
+
+async function scratchDirectory(): Promise<AsyncDisposable & { path: string }> {
+  const directory = await mkdtemp(path.join(tmpdir(), 'acousticsense-import-')).catch((error: unknown) => {
+    throw new Failure(
+      `${tmpdir()} cannot be written (${systemCode(error)}): name another directory for temporary files in TMPDIR.`,
+    );
+  });
+  return { path: directory, [Symbol.asyncDispose]: () => rm(directory, { recursive: true, force: true }) };
+}

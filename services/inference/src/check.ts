@@ -15,7 +15,7 @@ import { type Bundle, loadBundle } from '@acousticsense/shared/bundle';
 import { StartupError } from '@acousticsense/shared/errors';
 import { pino } from 'pino';
 import type { ExplainReport, SessionReport } from './model-child.ts';
-import { CannotExplain, createModelProcess } from './model-process.ts';
+import { CannotExplain, createModelProcess, loadWaitMs } from './model-process.ts';
 import type { GraphReport, ProviderChoice } from './model-session.ts';
 
 interface Check {
@@ -33,7 +33,6 @@ interface CheckReport {
 }
 
 const providers = ['auto', 'cpu', 'cuda', 'webgpu'] as const satisfies ProviderChoice[];
-const loadWaitMs = 120_000;
 
 /** @param tell hears of every check as soon as it is done. */
 async function checkModel(

@@ -125,6 +125,29 @@ describe('the inference service as a process', () => {
     assert.equal((await exited)[0], 1);
   });
 
+  test('an explain graph that will never open ends it too, though nobody has asked for one yet', async () => {
+    await using wrong = await writeMeansBundle({
+      full: true,
+      change: ({ graph }) => Object.assign(graph.explain!.output, { shape: ['batch', 14, 14] }),
+    });
+    const service = start({ MODEL_URL: wrong.directory });
+    const exited = once(service, 'exit');
+    const said = (await told(service, 'failed')).get('failed')!;
+    assert.match(said.message!, /attention of the explain graph explain\.onnx is float32/);
+    assert.equal((await exited)[0], 1);
+  });
+
+  test('the process that proved the explain graph is gone when the service is ready', async () => {
+    await using full = await writeMeansBundle({ full: true });
+    const service = start({ MODEL_URL: full.directory });
+    try {
+      await told(service, 'ready');
+      assert.equal((await childrenOf(service.pid!)).length, 1);
+    } finally {
+      await stop(service);
+    }
+  });
+
   test('with REQUIRE_GPU=1 and no GPU it stays up, and /readyz says why', { skip: hasGpu }, async () => {
     const service = start({ PROVIDER: 'auto', REQUIRE_GPU: '1' });
     try {

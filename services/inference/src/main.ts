@@ -7,7 +7,7 @@ import { runStage } from '@acousticsense/shared/stage';
 import { createBatcher } from './batcher.ts';
 import { type InferenceConfig, loadConfig } from './config.ts';
 import { createInferenceMetrics } from './metrics.ts';
-import { createModelProcess } from './model-process.ts';
+import { createModelProcess, proveExplainGraph } from './model-process.ts';
 import { createInferenceStage } from './stage.ts';
 
 let config: InferenceConfig;
@@ -38,7 +38,7 @@ await startService(
       const { status } = model;
       if (!status.ready) throw new Error(status.reason);
     });
-    await model.start();
+    await Promise.all([model.start(), proveExplainGraph({ bundle, threads: config.threads, log })]);
 
     const backends = openBackends(service, config);
 

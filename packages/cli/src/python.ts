@@ -18,7 +18,7 @@ export function findPython({ python, env }: Pick<CliConfig, 'python' | 'env'>): 
   if (existsSync(own)) return own;
   throw new Failure(
     [
-      'Reading checkpoints needs Python 3.11 with the packages of training/requirements.txt (about 1.5 GB). Make its environment once, in the folder of the project:',
+      'Reading checkpoints needs Python 3.11 with the packages of training/requirements.txt (about 6 GB: PyTorch comes with its GPU libraries). Make its environment once, in the folder of the project:',
       '',
       '  python3 -m venv training/.venv && training/.venv/bin/pip install -r training/requirements.txt',
       '',

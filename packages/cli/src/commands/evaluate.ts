@@ -1,5 +1,4 @@
-import { randomBytes } from 'node:crypto';
-import { mkdir, rename, rm, writeFile } from 'node:fs/promises';
+import { mkdir } from 'node:fs/promises';
 import path from 'node:path';
 import { answerFiles, openJournal } from '../answers.ts';
 import { defineCommand, numberOption } from '../command.ts';
@@ -8,6 +7,7 @@ import { Failure, systemCode, UsageError } from '../failure.ts';
 import { findLabelledAudio, type LabelledFile } from '../labelled-audio.ts';
 import { createLabelMatcher, readAliases } from '../labels.ts';
 import { confusionPicture, reliabilityPicture, toPng } from '../pictures.ts';
+import { writeWhole } from '../whole-file.ts';
 import { analysisOf, analysisOptions, concurrencyOf, withService } from './with-service.ts';
 
 export const evaluate = defineCommand({
@@ -145,14 +145,10 @@ async function writeReport(out: string, report: Report): Promise<void> {
   }
   for (const [name, content] of Object.entries(files)) {
     const file = path.join(out, name);
-    // A name of its own: another run may be writing the same report.
-    const fresh = `${file}.${randomBytes(4).toString('hex')}`;
     try {
       await mkdir(out, { recursive: true });
-      await writeFile(fresh, content);
-      await rename(fresh, file);
+      await writeWhole(file, content);
     } catch (error) {
-      await rm(fresh, { force: true }).catch(() => {});
       throw new Failure(`${file} cannot be written (${systemCode(error)}).`);
     }
   }

@@ -1,7 +1,7 @@
 import path from 'node:path';
 import { loadBundle } from '@acousticsense/shared/bundle';
 import { type AnsweredFile, answerFiles, forgettingJournal, openJournal } from '../answers.ts';
-import { fitCalibration, writeCalibration } from '../calibration.ts';
+import { fewestClips, fitCalibration, writeCalibration } from '../calibration.ts';
 import { defineCommand } from '../command.ts';
 import { percent } from '../evaluation.ts';
 import { Failure, UsageError } from '../failure.ts';
@@ -19,7 +19,7 @@ export const modelCalibrate = defineCommand({
     data: {
       type: 'string',
       value: 'CSV|DIR',
-      help: 'labelled files, named as for `acousticsense evaluate`; at least 50',
+      help: `labelled files, named as for \`acousticsense evaluate\`; at least ${fewestClips}`,
     },
     ...analysisOptions,
     aliases: { type: 'string', value: 'FILE', help: "JSON that leads from labels to the model's" },
@@ -116,9 +116,9 @@ export const modelCalibrate = defineCommand({
 });
 
 function refuseBefore(count: number): void {
-  if (count >= 50) return;
+  if (count >= fewestClips) return;
   throw new Failure(
-    `${count} files with a label that the model knows are too few to calibrate on: 50 are the least, a few hundred are good.`,
+    `${count} files with a label that the model knows are too few to calibrate on: ${fewestClips} are the least, a few hundred are good.`,
   );
 }
 

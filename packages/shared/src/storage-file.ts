@@ -1,13 +1,20 @@
 /** Object storage in a directory: the embedded default, for one machine. */
 import { randomUUID } from 'node:crypto';
-import { createReadStream, createWriteStream } from 'node:fs';
+import { type BigIntStats, createReadStream, createWriteStream } from 'node:fs';
 import { mkdir, open, opendir, rename, rm, rmdir, stat } from 'node:fs/promises';
 import path from 'node:path';
 import { Readable } from 'node:stream';
 import { pipeline } from 'node:stream/promises';
 import { fileURLToPath } from 'node:url';
 import { InfrastructureFault, StartupError } from './errors.ts';
-import { ObjectNotFound, type Storage, type StoredObject } from './storage.ts';
+import {
+  checkRange,
+  ObjectChanged,
+  ObjectNotFound,
+  type ReadOptions,
+  type Storage,
+  type StoredObject,
+} from './storage.ts';
 
 /** Unfinished writes; on the same file system, so that the rename is atomic. Never listed. */
 const partsDirectory = '.parts';
@@ -31,7 +38,7 @@ export function createFileStorage(url: URL): Storage {
     return path.join(root, ...segments);
   }
 
-  async function put(key: string, body: Readable | Uint8Array, signal?: AbortSignal): Promise<void> {
+  async function put(key: string, body: Readable | Uint8Array, signal?: AbortSignal): Promise<string> {
     const file = fileOf(key);
     signal?.throwIfAborted();
     // The source may fail before the pipeline listens; it then finds the stream's stored error.
@@ -41,13 +48,14 @@ export function createFileStorage(url: URL): Storage {
       await onDisk(() => mkdir(parts, { recursive: true }));
       const source = body instanceof Uint8Array ? Readable.from([body]) : body;
       await pipeline(source, createWriteStream(part), { signal });
-      await onDisk(async () => {
+      return await onDisk(async () => {
         // The object must be on disk before the record says that it is there.
-        const handle = await open(part, 'r+');
-        await handle.sync().finally(() => handle.close());
+        await using handle = await open(part, 'r+');
+        await handle.sync();
         await renameInto(part, file);
         const folder = await open(path.dirname(file));
         await folder.sync().finally(() => folder.close());
+        return etagOf(await handle.stat({ bigint: true }));
       });
     } catch (error) {
       await rm(part, { force: true });
@@ -55,13 +63,27 @@ export function createFileStorage(url: URL): Storage {
     }
   }
 
-  async function get(key: string, signal?: AbortSignal): Promise<Readable> {
+  async function get(key: string, signal?: AbortSignal, options: ReadOptions = {}): Promise<Readable> {
+    checkRange(options);
     const file = fileOf(key);
     return onDisk(async () => {
       const handle = await open(file).catch((error) => {
         throw isAbsent(error) ? new ObjectNotFound(key) : error;
       });
-      return createReadStream('', { fd: handle, ...(signal ? { signal } : {}) });
+      try {
+        // Of the opened file, not of the name: what is put meanwhile under the name is another file.
+        if (options.ifMatch !== undefined && etagOf(await handle.stat({ bigint: true })) !== options.ifMatch)
+          throw new ObjectChanged(key);
+      } catch (error) {
+        await handle.close();
+        throw error;
+      }
+      return createReadStream('', {
+        fd: handle,
+        start: options.start ?? 0,
+        ...(options.end === undefined ? {} : { end: options.end - 1 }),
+        ...(signal ? { signal } : {}),
+      });
     });
   }
 
@@ -94,8 +116,8 @@ export function createFileStorage(url: URL): Storage {
   async function describe(key: string): Promise<StoredObject | undefined> {
     const file = fileOf(key);
     try {
-      const { size, mtime } = await onDisk(() => stat(file));
-      return { key, size, lastModified: mtime };
+      const stats = await onDisk(() => stat(file, { bigint: true }));
+      return { key, size: Number(stats.size), lastModified: stats.mtime, etag: etagOf(stats) };
     } catch (error) {
       if (isAbsent(error)) return undefined;
       throw error;
@@ -121,8 +143,8 @@ export function createFileStorage(url: URL): Storage {
     }
   }
 
-  async function read(key: string, signal?: AbortSignal): Promise<Buffer> {
-    const stream = await get(key, signal);
+  async function read(key: string, signal?: AbortSignal, options?: ReadOptions): Promise<Buffer> {
+    const stream = await get(key, signal, options);
     return onDisk(async () => Buffer.concat(await stream.toArray()));
   }
 
@@ -141,6 +163,11 @@ export function createFileStorage(url: URL): Storage {
     },
     close() {},
   };
+}
+
+/** A replaced object is another file; one that was written in place has another time or size. */
+function etagOf({ ino, mtimeNs, size }: BigIntStats): string {
+  return `"${ino.toString(36)}-${mtimeNs.toString(36)}-${size.toString(36)}"`;
 }
 
 /** What a killed process was writing; a day old, so that nobody is writing it now. */

@@ -12,7 +12,14 @@ import {
 } from '@aws-sdk/client-s3';
 import { Upload } from '@aws-sdk/lib-storage';
 import { InfrastructureFault, StartupError } from './errors.ts';
-import { ObjectNotFound, type Storage, type StoredObject } from './storage.ts';
+import {
+  checkRange,
+  ObjectChanged,
+  ObjectNotFound,
+  type ReadOptions,
+  type Storage,
+  type StoredObject,
+} from './storage.ts';
 
 /** `s3://bucket/prefix?endpoint=http://host:port&region=eu-central-1&pathStyle=true` */
 export function createS3Storage(url: URL): Storage {
@@ -43,7 +50,7 @@ export function createS3Storage(url: URL): Storage {
   const at = (key: string) => ({ Bucket: bucket, Key: root + key });
   const abortable = (signal?: AbortSignal) => (signal ? { abortSignal: signal } : {});
 
-  async function put(key: string, body: Readable | Uint8Array, signal?: AbortSignal): Promise<void> {
+  async function put(key: string, body: Readable | Uint8Array, signal?: AbortSignal): Promise<string> {
     signal?.throwIfAborted();
     let sourceError: Error | undefined;
     const upload = new Upload({
@@ -61,7 +68,7 @@ export function createS3Storage(url: URL): Storage {
       if (signal) signal.addEventListener('abort', () => body.destroy(), { once: true });
     }
     try {
-      await upload.done();
+      return etagOf(await upload.done(), key);
     } catch (error) {
       if (signal?.aborted) throw signal.reason;
       throw sourceError ?? normalise(error, key);
@@ -70,13 +77,50 @@ export function createS3Storage(url: URL): Storage {
     }
   }
 
-  async function get(key: string, signal?: AbortSignal): Promise<Readable> {
-    const { Body } = await call(
+  async function get(key: string, signal?: AbortSignal, options: ReadOptions = {}): Promise<Readable> {
+    checkRange(options);
+    const { ifMatch, start = 0, end } = options;
+    const ranged = start > 0 || end !== undefined;
+    const output = await call(
       key,
-      () => client.send(new GetObjectCommand(at(key)), abortable(signal)),
+      () =>
+        client.send(
+          new GetObjectCommand({
+            ...at(key),
+            ...(ifMatch === undefined ? {} : { IfMatch: ifMatch }),
+            ...(ranged ? { Range: `bytes=${start}-${end === undefined ? '' : end - 1}` } : {}),
+          }),
+          abortable(signal),
+        ),
       signal,
-    );
-    return Body as Readable;
+    ).catch(async (error) => {
+      if (!(error instanceof InfrastructureFault && isBehindTheEnd(error.cause))) throw error;
+      const found = await describe(key);
+      if (!found) throw new ObjectNotFound(key);
+      return { Body: Readable.from([]), ETag: found.etag };
+    });
+    const body = output.Body as Readable;
+    // Not every server knows If-Match on reads; each says what it serves.
+    if (ifMatch !== undefined && output.ETag !== ifMatch) {
+      body.destroy();
+      throw new ObjectChanged(key);
+    }
+    return body;
+  }
+
+  async function describe(key: string): Promise<StoredObject | undefined> {
+    try {
+      const head = await call(key, () => client.send(new HeadObjectCommand(at(key))));
+      return {
+        key,
+        size: head.ContentLength ?? 0,
+        lastModified: head.LastModified ?? new Date(0),
+        etag: etagOf(head, key),
+      };
+    } catch (error) {
+      if (error instanceof ObjectNotFound) return undefined;
+      throw error;
+    }
   }
 
   async function remove(key: string): Promise<void> {
@@ -97,8 +141,13 @@ export function createS3Storage(url: URL): Storage {
           }),
         ),
       );
-      for (const { Key, Size, LastModified } of page.Contents ?? []) {
-        yield { key: Key!.slice(root.length), size: Size ?? 0, lastModified: LastModified ?? new Date(0) };
+      for (const { Key, Size, LastModified, ETag } of page.Contents ?? []) {
+        yield {
+          key: Key!.slice(root.length),
+          size: Size ?? 0,
+          lastModified: LastModified ?? new Date(0),
+          etag: etagOf({ ETag }, Key!),
+        };
       }
       continuation = page.IsTruncated ? page.NextContinuationToken : undefined;
     } while (continuation !== undefined);
@@ -108,19 +157,11 @@ export function createS3Storage(url: URL): Storage {
     description: `bucket ${bucket}/${root}${endpoint ? ` at ${new URL(endpoint).host}` : ''}`,
     put,
     get,
-    async read(key, signal) {
-      const stream = await get(key, signal);
+    async read(key, signal, options) {
+      const stream = await get(key, signal, options);
       return call(key, async () => Buffer.concat(await stream.toArray()), signal);
     },
-    async stat(key) {
-      try {
-        const head = await call(key, () => client.send(new HeadObjectCommand(at(key))));
-        return { key, size: head.ContentLength ?? 0, lastModified: head.LastModified ?? new Date(0) };
-      } catch (error) {
-        if (error instanceof ObjectNotFound) return undefined;
-        throw error;
-      }
-    },
+    stat: describe,
     delete: remove,
     list,
     async probe() {
@@ -132,6 +173,16 @@ export function createS3Storage(url: URL): Storage {
   };
 }
 
+function etagOf({ ETag }: { ETag?: string | undefined }, key: string): string {
+  if (ETag === undefined)
+    throw new InfrastructureFault('storage', `Object storage answered without an ETag for ${key}.`);
+  return ETag;
+}
+
+function isBehindTheEnd(error: unknown): boolean {
+  return error instanceof S3ServiceException && error.$metadata.httpStatusCode === 416;
+}
+
 /** The SDK's errors: absence has three names, the rest says that the storage cannot be used now. */
 function normalise(error: unknown, key: string): unknown {
   if (error instanceof S3ServiceException) {
@@ -141,6 +192,7 @@ function normalise(error: unknown, key: string): unknown {
     ) {
       return new ObjectNotFound(key);
     }
+    if (error.$metadata.httpStatusCode === 412) return new ObjectChanged(key);
     return new InfrastructureFault(
       'storage',
       `Object storage answered ${error.name}: ${error.message}`,

@@ -10,6 +10,18 @@ export interface StoredObject {
   readonly key: string;
   readonly size: number;
   readonly lastModified: Date;
+  /** Differs whenever the content was replaced; opaque, to be handed back as `ifMatch`. */
+  readonly etag: string;
+}
+
+/** What of an object is read, and on which condition. */
+export interface ReadOptions {
+  /** Only this content: another etag is {@link ObjectChanged}. All bytes of one read are of one content. */
+  readonly ifMatch?: string;
+  /** First byte; 0 when absent. Behind the end of the object there is nothing: an empty read. */
+  readonly start?: number;
+  /** The byte after the last one, as in `subarray`; the object's end when absent or behind it. */
+  readonly end?: number;
 }
 
 export interface Storage {
@@ -18,12 +30,13 @@ export interface Storage {
   /**
    * Stores a stream or bytes under `key`, replacing what was there. All or nothing: a reader never sees a part,
    * and a stream that fails or an aborted signal leaves no object (and no multipart upload) behind.
+   * @returns the new object's etag.
    */
-  put(key: string, body: Readable | Uint8Array, signal?: AbortSignal): Promise<void>;
-  /** @throws {ObjectNotFound} */
-  get(key: string, signal?: AbortSignal): Promise<Readable>;
-  /** The whole object in memory: for small ones. @throws {ObjectNotFound} */
-  read(key: string, signal?: AbortSignal): Promise<Buffer>;
+  put(key: string, body: Readable | Uint8Array, signal?: AbortSignal): Promise<string>;
+  /** @throws {ObjectNotFound | ObjectChanged} RangeError: an empty or negative range. */
+  get(key: string, signal?: AbortSignal, options?: ReadOptions): Promise<Readable>;
+  /** In memory: for small objects and parts of large ones. @throws as {@link get} */
+  read(key: string, signal?: AbortSignal, options?: ReadOptions): Promise<Buffer>;
   stat(key: string): Promise<StoredObject | undefined>;
   /** Deleting what is not there is no error. */
   delete(key: string): Promise<void>;
@@ -43,14 +56,31 @@ export class ObjectNotFound extends Error {
   }
 }
 
-/** Streams an object into a local file, which exists only when it is complete. @throws {ObjectNotFound} */
+/** The object is there, with other content than the caller knew. */
+export class ObjectChanged extends Error {
+  override readonly name = 'ObjectChanged';
+  readonly key: string;
+  constructor(key: string) {
+    super(`the object at ${key} has been replaced`);
+    this.key = key;
+  }
+}
+
+/** @throws RangeError: an empty or negative range. */
+export function checkRange({ start = 0, end }: ReadOptions): void {
+  if (start < 0 || (end !== undefined && end <= start))
+    throw new RangeError(`no bytes from ${start} to ${end}`);
+}
+
+/** Streams an object into a local file, which is complete once this returns. @throws {ObjectNotFound | ObjectChanged} */
 export async function toScratch(
-  storage: Storage,
+  storage: Pick<Storage, 'get'>,
   key: string,
   file: string,
   signal: AbortSignal,
+  options: ReadOptions = {},
 ): Promise<void> {
-  await pipeline(await storage.get(key, signal), createWriteStream(file), { signal });
+  await pipeline(await storage.get(key, signal, options), createWriteStream(file), { signal });
 }
 
 export async function deletePrefix(storage: Storage, prefix: string): Promise<number> {

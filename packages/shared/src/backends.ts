@@ -29,12 +29,13 @@ const storageTrustMs = 15_000;
 export function openBackends(
   service: Service,
   { redisUrl, storageUrl, retention }: BackendsConfig,
+  redisPatienceMs?: number,
 ): Backends {
   const storage = openStorage(storageUrl);
   service.onClose('storage', () => storage.close());
   service.addCheck('storage', () => storage.probe(), storageTrustMs);
 
-  const redis = connectRedis(redisUrl);
+  const redis = connectRedis(redisUrl, redisPatienceMs);
   service.onClose('redis', () => redis.disconnect());
   service.addCheck('redis', redisCheck(redis));
 

@@ -38,5 +38,6 @@ test('an error of the caller is not taken for an absence of Redis', () => {
   const missing = Object.assign(new Error('no such file'), { code: 'ENOENT' });
   assert.equal(isRedisAway(Object.assign(missing, { syscall: 'open' })), false);
   assert.equal(isRedisAway(Object.assign(missing, { syscall: 'connect' })), true);
+  assert.equal(isRedisAway(new Error('Command aborted due to connection close')), true);
   assert.equal(isRedisAway(new Error("OOM command not allowed when used memory > 'maxmemory'.")), true);
 });

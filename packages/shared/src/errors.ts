@@ -25,12 +25,25 @@ const kinds = {
   unauthorized: { status: 401, title: 'An API key is needed', retryable: false },
   host_not_allowed: { status: 403, title: 'This host name is not served', retryable: false },
   not_found: { status: 404, title: 'There is nothing at this address', retryable: false },
+  tenant_not_found: { status: 404, title: 'No such tenant', retryable: false },
   job_not_found: { status: 404, title: 'No such job', retryable: false },
   no_spectrogram: { status: 404, title: 'This job has no spectrogram', retryable: false },
   no_explanation: { status: 404, title: 'This job has no explanation', retryable: false },
   no_vectors: { status: 404, title: 'This job has no vectors', retryable: false },
   method_not_allowed: { status: 405, title: 'This method is not served here', retryable: false },
   job_not_finished: { status: 409, title: 'The job has not got that far yet', retryable: true },
+  idempotency_in_flight: {
+    status: 409,
+    title: 'A request with this Idempotency-Key is still under way',
+    retryable: true,
+  },
+  idempotency_key_reused: {
+    status: 422,
+    title: 'This Idempotency-Key came with another request before',
+    retryable: false,
+  },
+  rate_limited: { status: 429, title: 'Too many requests', retryable: true },
+  quota_exceeded: { status: 429, title: 'A daily quota is used up', retryable: true },
   file_too_large: { status: 413, title: 'The file is larger than this service takes', retryable: false },
   wrong_content_type: { status: 415, title: 'The request has the wrong content type', retryable: false },
   // The audio
@@ -47,6 +60,18 @@ const kinds = {
   range_outside_audio: { status: 422, title: 'The asked range lies outside the audio', retryable: false },
   decode_failed: { status: 422, title: 'The audio could not be decoded', retryable: false },
   decode_timeout: { status: 422, title: 'Decoding took longer than this file may take', retryable: false },
+  // Source buckets
+  source_not_allowed: {
+    status: 403,
+    title: 'This object lies outside the registered sources',
+    retryable: false,
+  },
+  source_forbidden: { status: 422, title: 'The source refused to be read', retryable: false },
+  source_not_found: { status: 422, title: 'The source has no such object', retryable: false },
+  source_changed: { status: 409, title: 'The object changed after it was named', retryable: false },
+  source_unavailable: { status: 502, title: 'The source cannot be reached at present', retryable: true },
+  too_many_sources: { status: 409, title: 'No further source can be registered', retryable: false },
+  secrets_not_kept: { status: 501, title: 'This service keeps no credentials', retryable: false },
   // The system
   quarantined: {
     status: 422,
@@ -55,7 +80,7 @@ const kinds = {
   },
   audio_gone: { status: 410, title: 'The audio of this job is no longer stored', retryable: false },
   model_not_served: { status: 503, title: 'No worker serves this model at present', retryable: true },
-  too_busy: { status: 503, title: 'The service is at its limit', retryable: true },
+  too_busy: { status: 429, title: 'Too many jobs are under way', retryable: true },
   unavailable: { status: 503, title: 'A part of the service is away', retryable: true },
   result_timeout: { status: 504, title: 'The result was not ready in time', retryable: true },
   internal_error: { status: 500, title: 'Something went wrong on our side', retryable: true },
@@ -146,7 +171,7 @@ export function isRedisAway(error: unknown): boolean {
   if (code === 'ENOENT') return syscall === 'connect';
   return (
     ['ECONNREFUSED', 'ECONNRESET', 'EPIPE', 'ETIMEDOUT', 'EAI_AGAIN', 'ENOTFOUND'].includes(code) ||
-    /Connection is closed|Stream isn't writeable|max retries per request|Command timed out|^LOADING|^MISCONF|^READONLY|^OOM/i.test(
+    /Connection is closed|Stream isn't writeable|max retries per request|Command timed out|Command aborted due to connection close|^LOADING|^MISCONF|^READONLY|^OOM/i.test(
       error.message,
     )
   );

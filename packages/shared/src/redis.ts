@@ -12,15 +12,23 @@ function targetOf(url: string): string {
 const retryStrategy = (attempt: number) => Math.min(100 * 2 ** Math.min(attempt, 5), 2_000);
 
 /**
- * For commands whose caller waits: while Redis is away they fail within a second instead of queueing up, so
- * that HTTP answers 503 and a stage gives its job back.
+ * For commands whose caller waits: while Redis is away they fail instead of queueing up, so that HTTP answers 503
+ * and a stage gives its job back.
+ *
+ * A Redis that is gone is noticed at once, one that is there and silent (frozen, cut off) after `patienceMs`. Then
+ * the connection is given up, and until a new one answers every command fails at once: so waiting happens once, not
+ * once a request, and no heap of commands is carried out much later, when nobody waits for them any more. Those few
+ * that were sent before may be: a command that timed out may still happen.
+ *
+ * @param patienceMs how long a reply may take.
  */
-export function connectRedis(url: string): Redis {
+export function connectRedis(url: string, patienceMs = 5_000): Redis {
   const redis = new Redis(targetOf(url), {
     retryStrategy,
     enableOfflineQueue: false,
     maxRetriesPerRequest: 0,
-    commandTimeout: 5_000,
+    commandTimeout: patienceMs,
+    socketTimeout: patienceMs,
     connectTimeout: 5_000,
     lazyConnect: false,
   });

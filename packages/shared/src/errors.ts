@@ -60,6 +60,13 @@ const kinds = {
   range_outside_audio: { status: 422, title: 'The asked range lies outside the audio', retryable: false },
   decode_failed: { status: 422, title: 'The audio could not be decoded', retryable: false },
   decode_timeout: { status: 422, title: 'Decoding took longer than this file may take', retryable: false },
+  // URLs
+  url_not_allowed: { status: 422, title: 'This URL is not read', retryable: false },
+  url_not_found: { status: 422, title: 'There is nothing at this URL', retryable: false },
+  url_forbidden: { status: 422, title: 'The server of this URL refused to be read', retryable: false },
+  too_many_redirects: { status: 422, title: 'This URL leads from one to another', retryable: false },
+  fetch_failed: { status: 502, title: 'The URL could not be read at present', retryable: true },
+  fetch_timeout: { status: 504, title: 'Reading the URL took too long', retryable: true },
   // Source buckets
   source_not_allowed: {
     status: 403,

@@ -8,6 +8,18 @@ declare module 's3rver' {
       directory: string;
       configureBuckets: { name: string; configs: string[] }[];
     });
+    /** Koa's: run in order before the answer. */
+    readonly middleware: unknown[];
+    readonly store: {
+      getResourcePath(bucket: string, key: string | undefined, resource: string): string;
+      getMetadata(bucket: string, key: string): Promise<Record<string, string>>;
+      putObjectMultipart(
+        bucket: string,
+        uploadId: string,
+        parts: readonly { number: number; etag: string }[],
+      ): Promise<{ md5: string; size: number }>;
+    };
+    readonly httpServer: import('node:http').Server;
     run(): Promise<{ address: string; port: number }>;
     close(): Promise<void>;
   }

@@ -156,6 +156,9 @@ export function createFileStorage(url: URL): Storage {
     stat: describe,
     delete: remove,
     list,
+    // Unfinished writes lie in a directory of their own, which is cleared at every start.
+    abandonParts: () => Promise.resolve(0),
+    backing: { kind: 'directory', directory: root },
     async probe() {
       const key = `probe/${process.pid}`;
       await put(key, Buffer.from('probe'));

@@ -1,27 +1,41 @@
 /** Object storage in an S3 bucket, or anything that speaks its protocol. */
 import { Readable } from 'node:stream';
 import {
+  AbortMultipartUploadCommand,
+  CompleteMultipartUploadCommand,
+  CreateMultipartUploadCommand,
   DeleteObjectCommand,
   GetObjectCommand,
   HeadObjectCommand,
+  ListMultipartUploadsCommand,
+  type ListMultipartUploadsCommandOutput,
   ListObjectsV2Command,
   type ListObjectsV2CommandOutput,
+  ListPartsCommand,
+  type ListPartsCommandOutput,
+  PutObjectCommand,
   S3Client,
   type S3ClientConfig,
   S3ServiceException,
+  UploadPartCommand,
 } from '@aws-sdk/client-s3';
 import { Upload } from '@aws-sdk/lib-storage';
+import { getSignedUrl } from '@aws-sdk/s3-request-presigner';
 import { InfrastructureFault, StartupError } from './errors.ts';
 import {
   checkRange,
   ObjectChanged,
   ObjectNotFound,
+  type PresignedUploads,
   type ReadOptions,
   type Storage,
   type StoredObject,
 } from './storage.ts';
 
-/** `s3://bucket/prefix?endpoint=http://host:port&region=eu-central-1&pathStyle=true` */
+/**
+ * `s3://bucket/prefix?endpoint=http://host:port&region=eu-central-1&pathStyle=true`, and `publicEndpoint=` where
+ * callers reach the server under another address than the services do: presigned URLs name that one.
+ */
 export function createS3Storage(url: URL): Storage {
   const bucket = url.host;
   if (bucket === '') throw new StartupError('STORAGE_URL needs a bucket: s3://bucket/prefix.');
@@ -37,6 +51,8 @@ export function createS3Storage(url: URL): Storage {
     ...(endpoint ? { endpoint, forcePathStyle: url.searchParams.get('pathStyle') !== 'false' } : {}),
   };
   const client = new S3Client(config);
+  const publicEndpoint = url.searchParams.get('publicEndpoint');
+  const signer = publicEndpoint ? new S3Client({ ...config, endpoint: publicEndpoint }) : client;
 
   async function call<T>(key: string, operation: () => Promise<T>, signal?: AbortSignal): Promise<T> {
     try {
@@ -153,6 +169,68 @@ export function createS3Storage(url: URL): Storage {
     } while (continuation !== undefined);
   }
 
+  async function abandonParts(prefix: string, before: Date): Promise<number> {
+    let ended = 0;
+    let marker: { KeyMarker?: string | undefined; UploadIdMarker?: string | undefined } | undefined = {};
+    while (marker !== undefined) {
+      const page: ListMultipartUploadsCommandOutput = await call(prefix, () =>
+        client.send(new ListMultipartUploadsCommand({ Bucket: bucket, Prefix: root + prefix, ...marker })),
+      );
+      for (const { Key, UploadId, Initiated } of page.Uploads ?? []) {
+        if (!Key || !UploadId || !Initiated || Initiated >= before) continue;
+        await presigned.endParts(Key.slice(root.length), UploadId);
+        ended += 1;
+      }
+      marker = page.IsTruncated
+        ? { KeyMarker: page.NextKeyMarker, UploadIdMarker: page.NextUploadIdMarker }
+        : undefined;
+    }
+    return ended;
+  }
+
+  const presigned: PresignedUploads = {
+    // The length belongs to what is signed: a header that differs is another request.
+    putUrl: (key, size, expiresIn) =>
+      call(key, () =>
+        getSignedUrl(signer, new PutObjectCommand({ ...at(key), ContentLength: size }), { expiresIn }),
+      ),
+    async beginParts(key) {
+      const begun = await call(key, () => client.send(new CreateMultipartUploadCommand(at(key))));
+      return begun.UploadId!;
+    },
+    partUrl(key, UploadId, PartNumber, ContentLength, expiresIn) {
+      const part = new UploadPartCommand({ ...at(key), UploadId, PartNumber, ContentLength });
+      return call(key, () => getSignedUrl(signer, part, { expiresIn }));
+    },
+    async *listParts(key, UploadId, after = 0) {
+      let marker: string | undefined = String(after);
+      while (marker !== undefined) {
+        const page: ListPartsCommandOutput = await call(key, () =>
+          client.send(new ListPartsCommand({ ...at(key), UploadId, PartNumberMarker: marker })),
+        );
+        for (const { PartNumber, ETag, Size } of page.Parts ?? [])
+          yield { number: PartNumber!, etag: etagOf({ ETag }, key), size: Size ?? 0 };
+        marker = page.IsTruncated ? page.NextPartNumberMarker : undefined;
+      }
+    },
+    async completeParts(key, UploadId, parts) {
+      const Parts = parts.map(({ number, etag }) => ({ PartNumber: number, ETag: etag }));
+      const complete = new CompleteMultipartUploadCommand({
+        ...at(key),
+        UploadId,
+        MultipartUpload: { Parts },
+      });
+      return etagOf(await call(key, () => client.send(complete)), key);
+    },
+    async endParts(key, UploadId) {
+      await call(key, () => client.send(new AbortMultipartUploadCommand({ ...at(key), UploadId }))).catch(
+        (error) => {
+          if (!(error instanceof ObjectNotFound)) throw error;
+        },
+      );
+    },
+  };
+
   return {
     description: `bucket ${bucket}/${root}${endpoint ? ` at ${new URL(endpoint).host}` : ''}`,
     put,
@@ -169,7 +247,13 @@ export function createS3Storage(url: URL): Storage {
       await put(key, Buffer.from('probe'));
       await remove(key);
     },
-    close: () => client.destroy(),
+    close() {
+      client.destroy();
+      if (signer !== client) signer.destroy();
+    },
+    abandonParts,
+    presigned,
+    backing: { kind: 'bucket', bucket, root, client: config },
   };
 }
 
@@ -192,7 +276,8 @@ function normalise(error: unknown, key: string): unknown {
     ) {
       return new ObjectNotFound(key);
     }
-    if (error.$metadata.httpStatusCode === 412) return new ObjectChanged(key);
+    if (error.$metadata.httpStatusCode === 412 || ['InvalidPart', 'InvalidPartOrder'].includes(error.name))
+      return new ObjectChanged(key);
     return new InfrastructureFault(
       'storage',
       `Object storage answered ${error.name}: ${error.message}`,

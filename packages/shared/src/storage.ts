@@ -5,6 +5,7 @@
 import { createWriteStream } from 'node:fs';
 import type { Readable } from 'node:stream';
 import { pipeline } from 'node:stream/promises';
+import type { S3ClientConfig } from '@aws-sdk/client-s3';
 
 export interface StoredObject {
   readonly key: string;
@@ -42,9 +43,65 @@ export interface Storage {
   delete(key: string): Promise<void>;
   /** Every object whose key begins with `prefix`, in no promised order. */
   list(prefix: string): AsyncIterable<StoredObject>;
+  /**
+   * Ends the multipart uploads to keys under `prefix` that were begun before `before` and are not complete: their
+   * parts cost money, and no list shows them. A driver without such has nothing to do. @returns how many.
+   */
+  abandonParts(prefix: string, before: Date): Promise<number>;
   /** Writes, reads and deletes a small object. @throws when the storage cannot be used now. */
   probe(): Promise<void>;
   close(): void;
+  /** Where callers can send bytes to the store itself; absent where the store is a directory. */
+  readonly presigned?: PresignedUploads;
+  /** What lies underneath, for a library that brings its own access to it (tus). */
+  readonly backing: Backing;
+}
+
+export type Backing =
+  | { readonly kind: 'directory'; readonly directory: string }
+  | {
+      readonly kind: 'bucket';
+      readonly bucket: string;
+      /** Before every key: empty, or with a slash at its end. */
+      readonly root: string;
+      readonly client: S3ClientConfig;
+    };
+
+export interface UploadedPart {
+  readonly number: number;
+  readonly etag: string;
+  readonly size: number;
+}
+
+/**
+ * URLs by which a caller who has no credentials may send bytes. The length is signed: the store refuses a body of
+ * another one. A URL may be used again until it ends, by anybody who has it: who completes an upload states the
+ * etags of what was sent.
+ */
+export interface PresignedUploads {
+  /** @param seconds from now, within which the PUT must begin. */
+  putUrl(key: string, size: number, seconds: number): Promise<string>;
+  /** @returns the id of a new multipart upload. */
+  beginParts(key: string): Promise<string>;
+  /** @param number from 1 to 10,000. */
+  partUrl(key: string, multipartId: string, number: number, size: number, seconds: number): Promise<string>;
+  /**
+   * The parts that have arrived, in order, after the number `after`.
+   * @throws {ObjectNotFound} the multipart upload was completed or ended.
+   */
+  listParts(key: string, multipartId: string, after?: number): AsyncIterable<UploadedPart>;
+  /**
+   * @returns the object's etag.
+   * @throws {ObjectNotFound} the multipart upload was completed or ended before.
+   * @throws {ObjectChanged} a part is not the one that is stated.
+   */
+  completeParts(
+    key: string,
+    multipartId: string,
+    parts: readonly Pick<UploadedPart, 'number' | 'etag'>[],
+  ): Promise<string>;
+  /** Ending what has ended is no error. */
+  endParts(key: string, multipartId: string): Promise<void>;
 }
 
 export class ObjectNotFound extends Error {

@@ -21,6 +21,7 @@ const kinds = {
   model_cannot_explain: { status: 400, title: 'This model cannot explain its answers', retryable: false },
   no_file: { status: 400, title: 'No audio file was sent', retryable: false },
   too_many_files: { status: 400, title: 'More than one file was sent', retryable: false },
+  presigned_not_served: { status: 400, title: 'This storage takes no signed uploads', retryable: false },
   upload_cut: { status: 400, title: 'The upload ended before it was complete', retryable: true },
   unauthorized: { status: 401, title: 'An API key is needed', retryable: false },
   host_not_allowed: { status: 403, title: 'This host name is not served', retryable: false },
@@ -31,6 +32,10 @@ const kinds = {
   no_explanation: { status: 404, title: 'This job has no explanation', retryable: false },
   no_vectors: { status: 404, title: 'This job has no vectors', retryable: false },
   method_not_allowed: { status: 405, title: 'This method is not served here', retryable: false },
+  upload_not_found: { status: 404, title: 'No such upload', retryable: false },
+  upload_unfinished: { status: 409, title: 'The upload is not complete yet', retryable: true },
+  upload_finished: { status: 409, title: 'The upload is complete already', retryable: false },
+  upload_mismatch: { status: 409, title: 'What was sent is not what was stated', retryable: false },
   job_not_finished: { status: 409, title: 'The job has not got that far yet', retryable: true },
   idempotency_in_flight: {
     status: 409,

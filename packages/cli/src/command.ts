@@ -122,7 +122,7 @@ function readArguments(args: readonly string[], command: Command): Request {
   }
   if (positionals.length > command.operands.length) {
     throw new UsageError(
-      `"${positionals[command.operands.length]}" is one word too many: acousticsense ${command.name} takes ${command.operands.map(({ name }) => name).join(' ')}. Put names with spaces into quotes.`,
+      `"${positionals[command.operands.length]}" is one word too many: acousticsense ${command.name} takes ${command.operands.map(({ name }) => name).join(' ') || 'options only'}. Put names with spaces into quotes.`,
     );
   }
   return { kind: 'run', command, operands: positionals, options: values as Values<Options> };

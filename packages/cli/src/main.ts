@@ -4,15 +4,28 @@ import path from 'node:path';
 import { StartupError } from '@acousticsense/shared/errors';
 import { type Command, readCommandLine } from './command.ts';
 import { evaluate } from './commands/evaluate.ts';
+import { keysCreate, keysList, keysRevoke } from './commands/keys.ts';
 import { modelCalibrate } from './commands/model-calibrate.ts';
 import { modelCheck } from './commands/model-check.ts';
 import { modelImport } from './commands/model-import.ts';
 import { modelParity } from './commands/model-parity.ts';
+import { tenantsList, tenantsSet } from './commands/tenants.ts';
 import { loadConfig } from './config.ts';
 import { Failure, Stopped, UsageError } from './failure.ts';
 import { createTerminal } from './terminal.ts';
 
-const commands: readonly Command[] = [evaluate, modelImport, modelCalibrate, modelParity, modelCheck];
+const commands: readonly Command[] = [
+  evaluate,
+  modelImport,
+  modelCalibrate,
+  modelParity,
+  modelCheck,
+  keysCreate,
+  keysList,
+  keysRevoke,
+  tenantsSet,
+  tenantsList,
+];
 
 /** A terminal passes one Ctrl-C to the whole group and the starter passes it on: within this time it is one. */
 const sameSignalMs = 1_000;

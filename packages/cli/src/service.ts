@@ -134,6 +134,8 @@ export async function connect(
       const body = parseJson(text);
       if (response.status === 429 || response.status === 503) {
         const { data } = problemSchema.safeParse(body);
+        // A day's quota: waiting for it here would look like work.
+        if (data?.code === 'quota_exceeded') throw new Failure(`${base} refuses: ${data.detail}`);
         if (data?.code === 'model_not_served' && Date.now() - from > unservedAfterMs) {
           throw new Failure(
             `${base} has had no worker for its model for ${unservedAfterMs / 1_000} s: ${data.detail}`,

@@ -3,11 +3,16 @@
 
   One step, all or nothing: checks that the record is where the caller believes it to be, writes the new state
   and fields, keeps the tenant's index of open jobs, appends the events to the tenant's event stream, and tells
-  subscribers. Nothing of it happens when it refuses.
+  subscribers. A job that is a row of a batch moves the row's state byte and the batch's counters in the same step,
+  so that counters always equal rows. Nothing of it happens when it refuses.
 
   KEYS[1]  job record       hash        {tenant}
   KEYS[2]  open jobs        sorted set  {tenant}  member: job id, score: updatedAt
   KEYS[3]  event stream     stream      {tenant}
+  Of a row only:
+  KEYS[4]  batch            hash        {tenant}  see batch.lua
+  KEYS[5]  row states       string      {tenant}  one byte a row of this chunk, while the chunk is open
+  KEYS[6]  ended chunks     set         {tenant}  "<batch id>/<chunk>": every row has ended, the part is to be written
 
   ARGV[1]  JSON:
     jobId, tenant, now (epoch ms)
@@ -18,20 +23,25 @@
     add            map of field -> integer to add
     clear          array of fields to remove
     raise          true: the record moves to generation + 1
-    retention      seconds that a finished record is kept
+    retention      seconds that a finished record is kept; a row's stays until its chunk is closed
     events         array of strings (JSON objects)
     eventsKept     about how many events the stream keeps
     channel        pub/sub channel
+    batch          of a row: { id, chunk, row, tally = array of further counters to raise when it ends }
 
   Returns {outcome, state, generation, version}
     "committed"  the record is now in `to`
     "already"    same generation, and the record is in `to` or has gone on from there: a repetition of a step
-                 that was done; the caller hands on and is done
-    "cancelled" | "missing" | "refused"   nothing was changed
+                 that was done; the caller hands on and is done. A row that was fed before is one too.
+    "cancelled" | "missing" | "refused"   nothing was changed; a row is refused while its batch does not run
 --]]
 local a = cjson.decode(ARGV[1])
 
-local rank = { queued = 1, decoding = 2, decoded = 3, classifying = 4, completed = 5, failed = 5, cancelled = 5 }
+local rank = {
+  pending = -1, fetching = 0, queued = 1, decoding = 2, decoded = 3, classifying = 4,
+  completed = 5, failed = 5, cancelled = 5,
+}
+local row_ended = { completed = 'c', failed = 'f', cancelled = 'x' }
 
 local current = redis.call('HMGET', KEYS[1], 'state', 'generation', 'version')
 local state, generation, version = current[1], tonumber(current[2]), tonumber(current[3]) or 0
@@ -61,6 +71,31 @@ elseif not expected then
   return answer('missing')
 end
 
+if rank[a.to] == 5 and not a.batch and redis.call('HEXISTS', KEYS[1], 'batch') == 1 then
+  return redis.error_reply('a row of a batch ends together with its counters')
+end
+
+if a.batch then
+  local byte = redis.call('GETRANGE', KEYS[5], a.batch.row, a.batch.row)
+  local ending = row_ended[a.to]
+  if not state then
+    -- No string: the chunk was closed, with this row in it. Another byte: the row was fed before.
+    if byte ~= '.' then return answer('already') end
+    if redis.call('HGET', KEYS[4], 'state') ~= 'running' then return answer('refused') end
+  end
+  if ending or not state then
+    redis.call('SETRANGE', KEYS[5], a.batch.row, ending or 'o')
+    redis.call('HINCRBY', KEYS[4], state and 'open' or 'waiting', -1)
+    redis.call('HINCRBY', KEYS[4], ending and a.to or 'open', 1)
+  end
+  if ending then
+    for _, counter in ipairs(a.batch.tally) do redis.call('HINCRBY', KEYS[4], counter, 1) end
+    if redis.call('HINCRBY', KEYS[4], 'left:' .. a.batch.chunk, -1) == 0 then
+      redis.call('SADD', KEYS[6], a.batch.id .. '/' .. a.batch.chunk)
+    end
+  end
+end
+
 if a.raise then generation = a.generation + 1 else generation = a.generation end
 version = version + 1
 state = a.to
@@ -76,17 +111,20 @@ if #a.clear > 0 then redis.call('HDEL', KEYS[1], unpack(a.clear)) end
 
 if rank[state] == 5 then
   redis.call('ZREM', KEYS[2], a.jobId)
-  redis.call('EXPIRE', KEYS[1], a.retention)
+  if not a.batch then redis.call('EXPIRE', KEYS[1], a.retention) end
 else
   redis.call('ZADD', KEYS[2], a.now, a.jobId)
-  redis.call('PERSIST', KEYS[1])
+  if not a.batch then redis.call('PERSIST', KEYS[1]) end
 end
 
 for _, event in ipairs(a.events) do
   redis.call('XADD', KEYS[3], 'MAXLEN', '~', a.eventsKept, '*', 'event', event)
 end
 
-redis.call('PUBLISH', a.channel, cjson.encode({
-  tenant = a.tenant, jobId = a.jobId, state = state, generation = generation, version = version,
-}))
+-- Of a row only what stops a worker is told: nobody watches one row of a million.
+if not a.batch or state == 'cancelled' then
+  redis.call('PUBLISH', a.channel, cjson.encode({
+    tenant = a.tenant, jobId = a.jobId, state = state, generation = generation, version = version,
+  }))
+end
 return answer('committed')

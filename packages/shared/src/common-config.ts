@@ -25,6 +25,8 @@ export const workerVariables = {
   ...commonVariables,
   /** Directory of the model bundle; the decoder needs only its profile. */
   MODEL_URL: z.string().default(path.resolve(import.meta.dirname, '../../../models/default')),
+  /** 1: this worker's model is on trial: jobs come to it only when they name it. */
+  MODEL_CANDIDATE: z.stringbool().default(false),
   /** Where /healthz, /readyz and /metrics are served; port 0 takes a free one. */
   METRICS_HOST: z.string().default('127.0.0.1'),
   METRICS_PORT: z.coerce.number().int().min(0).max(65_535).default(0),
@@ -64,6 +66,7 @@ export function workerConfig(read: z.infer<typeof worker>) {
   return {
     ...commonConfig(read),
     modelUrl: read.MODEL_URL,
+    candidate: read.MODEL_CANDIDATE,
     metricsHost: read.METRICS_HOST,
     metricsPort: read.METRICS_PORT,
   };

@@ -5,7 +5,7 @@
 import { readFileSync } from 'node:fs';
 import type { Redis } from 'ioredis';
 import { type JobRecord, jobRecordSchema } from './job.ts';
-import { type JobState, openStates } from './pipeline.ts';
+import { type BatchRow, type JobState, openStates } from './pipeline.ts';
 import { withRedis } from './redis.ts';
 
 /** Channel on which every commit and every sign of progress is told; see {@link JobChange}. */
@@ -36,13 +36,23 @@ export interface JobRef {
   readonly tenant: string;
   readonly jobId: string;
   readonly generation: number;
+  /** Of a row: its batch's counters move in the same step. */
+  readonly batch?: BatchRow | undefined;
+}
+
+/** Names a record for a commit. */
+export function refOf(record: Pick<JobRecord, 'tenant' | 'id' | 'generation' | 'batch'>): JobRef {
+  const { tenant, id, generation, batch } = record;
+  return { tenant, jobId: id, generation, batch };
 }
 
 export interface CommitStep {
   readonly from: readonly JobState[];
   readonly to: JobState;
-  readonly set?: Partial<Pick<JobRecord, 'decoded' | 'outcome' | 'error' | 'timings'>>;
-  readonly add?: Partial<Record<'decodeStarts' | 'inferenceStarts' | 'crashes' | 'redecodes', number>>;
+  readonly set?: Partial<Pick<JobRecord, 'audio' | 'decoded' | 'outcome' | 'error' | 'timings'>>;
+  readonly add?: Partial<
+    Record<'fetchStarts' | 'decodeStarts' | 'inferenceStarts' | 'crashes' | 'redecodes', number>
+  >;
   readonly clear?: readonly ('decoded' | 'outcome' | 'error')[];
   /** Start over under the next generation: new queue ids, and every worker of this one is refused. */
   readonly raiseGeneration?: boolean;
@@ -62,9 +72,21 @@ export interface CommitResult {
   readonly version: number;
 }
 
+/** `queued` when not said otherwise. */
+export type NewJobRecord = Omit<JobRecord, 'version' | 'updatedAt' | 'state'> & { state?: JobState };
+
+/** A job on a URL waits for the fetch service, any other for a decoder. */
+export function firstState(audio: JobRecord['audio']): JobState {
+  return 'url' in audio ? 'pending' : 'queued';
+}
+
 export interface JobRecords {
-  /** @returns `already` when the record exists, whatever its state. */
-  create(record: Omit<JobRecord, 'version' | 'updatedAt' | 'state'>): Promise<CommitResult>;
+  /**
+   * @param record in which state it begins depends on what it is: {@link firstState}.
+   * @returns `already` when the record exists, whatever its state, and for a row that was fed before; `refused` for a
+   *   row whose batch does not run.
+   */
+  create(record: NewJobRecord): Promise<CommitResult>;
   get(tenant: string, jobId: string): Promise<JobRecord | undefined>;
   exists(tenant: string, jobId: string): Promise<boolean>;
   commit(ref: JobRef, step: CommitStep): Promise<CommitResult>;
@@ -89,17 +111,20 @@ const script = readFileSync(new URL('commit.lua', import.meta.url), 'utf8');
 
 type ScriptedRedis = Redis & {
   acousticsenseCommit(
-    record: string,
-    open: string,
-    events: string,
-    argument: string,
+    numberOfKeys: number,
+    ...keysAndArgument: string[]
   ): Promise<[string, string, number, number]>;
 };
 
-const keys = {
+/** Names of Redis keys: what one commit touches carries the tenant's hash tag. */
+export const keys = {
   record: (tenant: string, jobId: string) => `as:{${tenant}}:job:${jobId}`,
   open: (tenant: string) => `as:{${tenant}}:open`,
   events: (tenant: string) => `as:{${tenant}}:events`,
+  batch: (tenant: string, batchId: string) => `as:{${tenant}}:batch:${batchId}`,
+  rows: (tenant: string, batchId: string, chunk: number) => `as:{${tenant}}:batch:${batchId}:rows:${chunk}`,
+  /** `<batch id>/<chunk>` of chunks whose rows have all ended. */
+  ended: (tenant: string) => `as:{${tenant}}:ended-chunks`,
   tenants: 'as:tenants',
 };
 
@@ -109,6 +134,7 @@ const jsonFields = [
   'selection',
   'presentation',
   'extras',
+  'batch',
   'decoded',
   'outcome',
   'error',
@@ -119,6 +145,8 @@ const numberFields = [
   'version',
   'createdAt',
   'updatedAt',
+  'revision',
+  'fetchStarts',
   'decodeStarts',
   'inferenceStarts',
   'crashes',
@@ -126,13 +154,15 @@ const numberFields = [
 ] as const;
 
 export function createJobRecords(redis: Redis, retention: Retention): JobRecords {
-  redis.defineCommand('acousticsenseCommit', { numberOfKeys: 3, lua: script });
+  redis.defineCommand('acousticsenseCommit', { lua: script });
   const scripted = redis as ScriptedRedis;
 
   async function run(
     ref: JobRef,
     step: Omit<CommitStep, 'from' | 'set'> & { from: readonly string[]; set: Record<string, string> },
+    tally: readonly string[] = [],
   ) {
+    const { tenant, batch } = ref;
     const argument = JSON.stringify({
       jobId: ref.jobId,
       tenant: ref.tenant,
@@ -151,32 +181,43 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
           timestamp: new Date().toISOString(),
           jobId: ref.jobId,
           generation: ref.generation,
+          ...(batch ? { batchId: batch.id, row: rowIndex(batch) } : {}),
           ...data,
         }),
       ),
       eventsKept: retention.events,
       channel: changesChannel,
+      ...(batch ? { batch: { ...batch, tally } } : {}),
     });
+    const touched = [keys.record(tenant, ref.jobId), keys.open(tenant), keys.events(tenant)];
+    if (batch)
+      touched.push(
+        keys.batch(tenant, batch.id),
+        keys.rows(tenant, batch.id, batch.chunk),
+        keys.ended(tenant),
+      );
     const [outcome, state, generation, version] = await withRedis(() =>
-      scripted.acousticsenseCommit(
-        keys.record(ref.tenant, ref.jobId),
-        keys.open(ref.tenant),
-        keys.events(ref.tenant),
-        argument,
-      ),
+      scripted.acousticsenseCommit(touched.length, ...touched, argument),
     );
     return { outcome, state, generation, version } as CommitResult;
+  }
+
+  const known = new Set<string>();
+  async function knowTenant(tenant: string): Promise<void> {
+    if (known.has(tenant)) return;
+    await withRedis(() => redis.sadd(keys.tenants, tenant));
+    known.add(tenant);
   }
 
   return {
     async create(record) {
       // Outside the atomic step, because it lies in another hash slot; before it, so that no record is unknown
       // to the reconciler. A tenant without jobs is harmless.
-      await withRedis(() => redis.sadd(keys.tenants, record.tenant));
-      return run(
-        { tenant: record.tenant, jobId: record.id, generation: record.generation },
-        { from: ['none'], to: 'queued', set: toHash(record) },
-      );
+      await knowTenant(record.tenant);
+      const { state: to = firstState(record.audio), ...fields } = record;
+      const events = to === 'completed' ? [{ type: 'job.completed' as const }] : [];
+      const tally = record.reused ? ['reused'] : [];
+      return run(refOf(record), { from: ['none'], to, set: toHash(fields), events }, tally);
     },
 
     async get(tenant, jobId) {
@@ -190,8 +231,9 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
 
     commit: (ref, step) => run(ref, { ...step, set: toHash(step.set ?? {}) }),
 
-    async progress(ref, state, version, fraction) {
-      const change: JobChange = { ...ref, state, version, fraction };
+    async progress({ tenant, jobId, generation, batch }, state, version, fraction) {
+      if (batch) return;
+      const change: JobChange = { tenant, jobId, generation, state, version, fraction };
       await withRedis(() => redis.publish(changesChannel, JSON.stringify(change)));
     },
 
@@ -210,6 +252,12 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
   };
 }
 
+/** Rows in a chunk; every chunk but the last of a batch is full. */
+export const chunkRows = 1_000;
+
+/** From 0, through the whole batch. */
+export const rowIndex = ({ chunk, row }: Pick<BatchRow, 'chunk' | 'row'>): number => chunk * chunkRows + row;
+
 /** Every state in which a job can still be cancelled or failed. */
 export const anyOpenState: readonly JobState[] = openStates;
 
@@ -222,9 +270,11 @@ function toHash(fields: Partial<JobRecord>): Record<string, string> {
   return hash;
 }
 
-function fromHash(hash: Record<string, string>): JobRecord {
+/** @throws when the hash is no record. */
+export function fromHash(hash: Record<string, string>): JobRecord {
   const record: Record<string, unknown> = { ...hash };
   for (const field of jsonFields) if (hash[field] !== undefined) record[field] = JSON.parse(hash[field]);
+  if (hash['reused'] !== undefined) record['reused'] = hash['reused'] === 'true';
   for (const field of numberFields) if (hash[field] !== undefined) record[field] = Number(hash[field]);
   return jobRecordSchema.parse(record);
 }

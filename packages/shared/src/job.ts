@@ -1,7 +1,7 @@
 /** What a job record holds: the one shape that all services agree on. */
 import { z } from 'zod';
 import { problemCodes } from './errors.ts';
-import { jobStates } from './pipeline.ts';
+import { batchRowSchema, jobClasses, jobStates } from './pipeline.ts';
 import { windowInfoSchema } from './tensor.ts';
 
 /** `middle`: one window; `all`: every step; a number: that many, evenly spaced. */
@@ -36,11 +36,18 @@ export const inputFactsSchema = z.strictObject({
 });
 export type InputFacts = z.infer<typeof inputFactsSchema>;
 
+/** A result in Redis stays under 4 kB: the windows of a longer recording lie in an object. */
+export const inlineWindows = 4;
+
 /** What the decoder hands on, committed with the state `decoded`. */
 export const decodedSchema = z.strictObject({
   contentId: z.string().describe('SHA-256 of the audio'),
   tensorKey: z.string().describe('without ending'),
-  windows: z.array(windowInfoSchema).min(1),
+  windows: z
+    .array(windowInfoSchema)
+    .min(1)
+    .optional()
+    .describe(`at most ${inlineWindows}: of more, only the sidecar beside the tensor tells`),
   input: inputFactsSchema,
   warnings: z.array(warningSchema),
 });
@@ -51,7 +58,7 @@ export const sidecarSchema = z.strictObject({
   v: z.literal(1),
   frontEnd: z.string().describe('front-end version that wrote the tensor'),
   profileHash: z.string(),
-  windows: decodedSchema.shape.windows,
+  windows: z.array(windowInfoSchema).min(1),
   input: inputFactsSchema,
   warnings: decodedSchema.shape.warnings,
 });
@@ -63,7 +70,11 @@ export const outcomeSchema = z.strictObject({
     .array(z.number())
     .nullable()
     .describe('aggregate over the windows that are not silent, in label order; null when all are silent'),
-  windows: z.array(z.array(z.number()).nullable()).describe('per window, in label order; null when silent'),
+  windows: z
+    .array(z.array(z.number()).nullable())
+    .optional()
+    .describe('per window, in label order; null when silent; of many windows, the timeline object tells'),
+  outlier: z.number().optional().describe('mean over the windows that are not silent'),
   outliers: z
     .array(z.number().nullable())
     .optional()
@@ -71,6 +82,15 @@ export const outcomeSchema = z.strictObject({
   provider: z.string().describe('the execution provider that really ran'),
 });
 export type Outcome = z.infer<typeof outcomeSchema>;
+
+/** Of a recording of many windows: an object in storage, written before the record says `completed`. */
+export const timelineSchema = z.strictObject({
+  v: z.literal(1),
+  windows: z.array(windowInfoSchema),
+  probabilities: z.array(z.array(z.number()).nullable()).describe('as `windows` of an outcome'),
+  outliers: z.array(z.number().nullable()).optional(),
+});
+export type Timeline = z.infer<typeof timelineSchema>;
 
 const span = { start: z.number().describe('seconds'), end: z.number() };
 
@@ -113,6 +133,8 @@ export type Vectors = z.infer<typeof vectorsSchema>;
 const milliseconds = z.number().min(0);
 export const timingsSchema = z.strictObject({
   upload: milliseconds.optional(),
+  fetchWait: milliseconds.optional().describe('from acceptance to the fetch service'),
+  fetch: milliseconds.optional().describe('audio from its URL to storage'),
   decodeWait: milliseconds.optional().describe('from acceptance to the decoder'),
   decodeFetch: milliseconds.optional().describe('audio from storage to scratch'),
   decode: milliseconds.optional().describe('ffmpeg, front end and tensor'),
@@ -120,6 +142,31 @@ export const timingsSchema = z.strictObject({
   batchWait: milliseconds.optional().describe('in the batcher'),
   inference: milliseconds.optional().describe('the batch that held the last window'),
 });
+
+/** An object of a registered source bucket, read in place. */
+export const sourceObjectSchema = z.strictObject({
+  bucket: z.string(),
+  key: z.string(),
+  etag: z.string().optional().describe('every read is conditional on it'),
+  versionId: z.string().optional(),
+  size: z.int().optional(),
+});
+export type SourceObject = z.infer<typeof sourceObjectSchema>;
+
+const filename = z.string().describe('what the caller called it, for display only');
+export const audioSchema = z.union([
+  z.strictObject({
+    key: z.string().describe("in the service's own object storage"),
+    size: z.int(),
+    sha256: z.string().optional().describe('the decoder works it out when absent'),
+    etag: z.string().optional().describe('every read is conditional on it'),
+    filename,
+  }),
+  z.strictObject({ source: sourceObjectSchema, filename }),
+  z.strictObject({ url: z.string(), filename }).describe('until the fetch service has stored it'),
+]);
+export type Audio = z.infer<typeof audioSchema>;
+export type StoredAudio = Extract<Audio, { key: string }>;
 
 /** Not strict: during a roll-out an older process reads the records of a newer one, without what it does not know. */
 export const jobRecordSchema = z.object({
@@ -135,7 +182,15 @@ export const jobRecordSchema = z.object({
   modelName: z.string(),
   modelVersion: z.string(),
   profileHash: z.string(),
-  audio: z.strictObject({ key: z.string(), size: z.int(), sha256: z.string(), filename: z.string() }),
+  audio: audioSchema,
+  /** Absent: interactive. */
+  class: z.enum(jobClasses).optional(),
+  /** The caller's own name for the track; of several results under one name the highest revision is the latest. */
+  ref: z.string().optional(),
+  revision: z.int().optional(),
+  batch: batchRowSchema.optional(),
+  /** The answer of an earlier job on the same audio, taken over without work. */
+  reused: z.boolean().optional(),
   selection: selectionSchema,
   /** Applied when a result is read: they change no stored number. */
   presentation: z.strictObject({ topK: z.int(), threshold: z.number() }),
@@ -148,6 +203,7 @@ export const jobRecordSchema = z.object({
     .optional(),
   timings: timingsSchema.optional(),
   /** How often each stage has begun: a job that keeps killing its worker is found by it. */
+  fetchStarts: z.int().optional(),
   decodeStarts: z.int().optional(),
   inferenceStarts: z.int().optional(),
   /** How often the model's process died on this job alone. */

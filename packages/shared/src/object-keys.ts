@@ -5,11 +5,20 @@
  * so the reconciler can look for objects without a record an hour at a time and DELETE can remove them all.
  * Tensors are a cache: content-addressed under the tenant, found again by another job on the same audio.
  */
+import type { JobRecord } from './job.ts';
 
-/** `jobs/2026-11-22T19/<tenant>/<job id>/` */
-export function jobPrefix(tenant: string, jobId: string): string {
-  const milliseconds = Number.parseInt(jobId.replaceAll('-', '').slice(0, 12), 16);
-  return `${hourPrefix(new Date(milliseconds))}${tenant}/${jobId}/`;
+/** What places the objects of a job: part of every record. */
+export type JobPlace = Pick<JobRecord, 'tenant' | 'id' | 'batch'>;
+
+/** `jobs/2026-11-22T19/<tenant>/<job id>/`; a row's lies under its batch, with which it comes and goes. */
+export function jobPrefix({ tenant, id, batch }: JobPlace): string {
+  if (batch) return `${rowsPrefix(tenant, batch.id, batch.chunk)}${id}/`;
+  return `${hourPrefix(timeOf(id))}${tenant}/${id}/`;
+}
+
+/** When a UUIDv7 was made. */
+export function timeOf(id: string): Date {
+  return new Date(Number.parseInt(id.replaceAll('-', '').slice(0, 12), 16));
 }
 
 /** `jobs/2026-11-22T19/`: every job whose id was made in that hour (UTC). */
@@ -17,11 +26,40 @@ export function hourPrefix(time: Date): string {
   return `jobs/${time.toISOString().slice(0, 13)}/`;
 }
 
-export const audioKey = (tenant: string, jobId: string) => `${jobPrefix(tenant, jobId)}audio`;
-export const spectrogramKey = (tenant: string, jobId: string) => `${jobPrefix(tenant, jobId)}spectrogram.npy`;
-export const explanationKey = (tenant: string, jobId: string) =>
-  `${jobPrefix(tenant, jobId)}explanation.json`;
-export const vectorsKey = (tenant: string, jobId: string) => `${jobPrefix(tenant, jobId)}vectors.json`;
+export const audioKey = (job: JobPlace) => `${jobPrefix(job)}audio`;
+export const spectrogramKey = (job: JobPlace) => `${jobPrefix(job)}spectrogram.npy`;
+export const timelineKey = (job: JobPlace) => `${jobPrefix(job)}timeline.json`;
+export const explanationKey = (job: JobPlace) => `${jobPrefix(job)}explanation.json`;
+export const vectorsKey = (job: JobPlace) => `${jobPrefix(job)}vectors.json`;
+
+/** `uploads/2026-11-22T19/`: every upload whose id was made in that hour (UTC). */
+export function uploadPrefix(time: Date): string {
+  return `uploads/${time.toISOString().slice(0, 13)}/`;
+}
+
+/** The bytes of an upload; what is known of it lies beside them under the same key with an ending. */
+export function uploadKey(tenant: string, id: string): string {
+  return `${uploadPrefix(timeOf(id))}${tenant}/${id}`;
+}
+
+export const batchesPrefix = 'batches/';
+/** `batches/2026-11-22T19/<tenant>/<batch id>/`: manifest chunks, results, what rows leave. */
+export function batchPrefix(tenant: string, batchId: string): string {
+  return `${batchesPrefix}${timeOf(batchId).toISOString().slice(0, 13)}/${tenant}/${batchId}/`;
+}
+const number = (n: number) => String(n).padStart(5, '0');
+/** 1,000 rows of the manifest. */
+export const chunkKey = (tenant: string, batchId: string, chunk: number) =>
+  `${batchPrefix(tenant, batchId)}chunks/${number(chunk)}.jsonl`;
+/** The results of these rows, under a name that every writer of them finds again. */
+export const partKey = (tenant: string, batchId: string, chunk: number) =>
+  `${batchPrefix(tenant, batchId)}part-${number(chunk)}.jsonl`;
+/** The batch itself, once it has ended. */
+export const batchKey = (tenant: string, batchId: string) => `${batchPrefix(tenant, batchId)}batch.json`;
+export const badRowsKey = (tenant: string, batchId: string) =>
+  `${batchPrefix(tenant, batchId)}bad-rows.jsonl`;
+export const rowsPrefix = (tenant: string, batchId: string, chunk: number) =>
+  `${batchPrefix(tenant, batchId)}rows/${number(chunk)}/`;
 
 export const tensorPrefix = 'tensors/';
 

@@ -2,13 +2,22 @@
 import { Queue, type QueueOptions } from 'bullmq';
 import type { Redis } from 'ioredis';
 import type { JobRecord } from './job.ts';
-import { queueJobId, queueName, type StageName, type StagePayload, stages } from './pipeline.ts';
+import {
+  type JobClass,
+  payloadVersion,
+  queueJobId,
+  queueName,
+  queuePriority,
+  type StageName,
+  type StagePayload,
+  stages,
+} from './pipeline.ts';
 import { withRedis } from './redis.ts';
 
 /** What routes and identifies a queue job: part of every record. */
 export type Queued = Pick<
   JobRecord,
-  'tenant' | 'id' | 'generation' | 'traceparent' | 'profileHash' | 'modelDigest'
+  'tenant' | 'id' | 'generation' | 'traceparent' | 'profileHash' | 'modelDigest' | 'class' | 'batch'
 >;
 
 export interface Backlog {
@@ -21,14 +30,23 @@ export interface Backlog {
   readonly oldestSeconds: number;
 }
 
+export interface Route {
+  readonly profileHash: string;
+  readonly modelDigest: string;
+}
+
 export interface Queues {
   /** Adds the stage's queue job; a repeated add under the same generation is one job. */
   add(stage: StageName, job: Queued): Promise<void>;
+  /** As {@link add}, of jobs on one route, in one round trip. */
+  addMany(stage: StageName, jobs: readonly Queued[]): Promise<void>;
+  /** Queue jobs that a worker holds or could take now, by the class that waits: one cheap look. */
+  depth(stage: StageName, route: Route): Promise<Record<JobClass | 'active', number>>;
   /** What BullMQ knows of the queue job: its state, or `gone`. */
   state(stage: StageName, job: Queued): Promise<string>;
   /** Takes a job that no worker holds out of the queue; one that is held is left to its worker. */
   withdraw(stage: StageName, job: Queued): Promise<void>;
-  backlog(stage: StageName, route: { profileHash: string; modelDigest: string }): Promise<Backlog>;
+  backlog(stage: StageName, route: Route): Promise<Backlog>;
   close(): Promise<void>;
 }
 
@@ -57,25 +75,59 @@ export function createQueues(connection: Redis): Queues {
     return queue;
   }
 
+  function entryOf(stage: StageName, job: Queued) {
+    const { attempts, backoff, payload } = stages[stage];
+    const data = payload.parse({
+      v: payloadVersion,
+      tenant: job.tenant,
+      jobId: job.id,
+      generation: job.generation,
+      traceparent: job.traceparent,
+      ...(job.batch ? { batch: job.batch } : {}),
+    });
+    const priority = queuePriority[job.class ?? 'interactive'];
+    const options = {
+      jobId: queueJobId(data),
+      attempts,
+      backoff,
+      ...(priority > 0 ? { priority } : {}),
+      removeOnComplete: { age: hour, count: 1_000 },
+      removeOnFail: { age: 24 * hour, count: 1_000 },
+    };
+    return { data, options };
+  }
+
   return {
     async add(stage, job) {
-      const { attempts, backoff, payload } = stages[stage];
-      const data = payload.parse({
-        v: 1,
-        tenant: job.tenant,
-        jobId: job.id,
-        generation: job.generation,
-        traceparent: job.traceparent,
+      const { data, options } = entryOf(stage, job);
+      await withRedis(() => queueOf(stage, job).add(stage as never, data as never, options));
+    },
+
+    async addMany(stage, jobs) {
+      const [first] = jobs;
+      if (first === undefined) return;
+      const entries = jobs.map((job) => {
+        const { data, options } = entryOf(stage, job);
+        return { name: stage as never, data: data as never, opts: options };
       });
-      await withRedis(() =>
-        queueOf(stage, job).add(stage as never, data as never, {
-          jobId: queueJobId(data),
-          attempts,
-          backoff,
-          removeOnComplete: { age: hour, count: 1_000 },
-          removeOnFail: { age: 24 * hour, count: 1_000 },
-        }),
+      await withRedis(() => queueOf(stage, first).addBulk(entries));
+    },
+
+    async depth(stage, route) {
+      const queue = queueOf(stage, route);
+      const { release, backfill } = queuePriority;
+      const [counts, priorities] = await withRedis(() =>
+        Promise.all([
+          queue.getJobCounts('waiting', 'active'),
+          queue.getCountsPerPriority([release, backfill]),
+        ]),
       );
+      return {
+        active: counts['active'] ?? 0,
+        interactive: counts['waiting'] ?? 0,
+        release: priorities[release] ?? 0,
+        backfill: priorities[backfill] ?? 0,
+      };
     },
 
     async state(stage, job) {
@@ -94,14 +146,14 @@ export function createQueues(connection: Redis): Queues {
       const queue = queueOf(stage, route);
       const [counts, oldest] = await withRedis(() =>
         Promise.all([
-          queue.getJobCounts('waiting', 'active', 'delayed'),
-          queue.getJobs(['waiting'], 0, 0, true),
+          queue.getJobCounts('waiting', 'prioritized', 'active', 'delayed'),
+          queue.getJobs(['waiting', 'prioritized'], 0, 0, true),
         ]),
       );
       return {
         queue: queue.name,
         stage,
-        waiting: counts['waiting'] ?? 0,
+        waiting: (counts['waiting'] ?? 0) + (counts['prioritized'] ?? 0),
         active: counts['active'] ?? 0,
         delayed: counts['delayed'] ?? 0,
         oldestSeconds: oldest[0] ? Math.max(0, (Date.now() - oldest[0].timestamp) / 1_000) : 0,

@@ -66,7 +66,7 @@ function describeModel({ manifest, digest, profileHash }: Bundle): ModelDescript
 }
 
 export interface Announcement {
-  readonly kind: 'decoder' | 'inference';
+  readonly kind: 'fetch' | 'decoder' | 'inference';
   /** The queue that this worker reads. */
   readonly queue: string;
   readonly workerId: string;
@@ -74,8 +74,18 @@ export interface Announcement {
   readonly since: number;
   readonly modelDigest: string;
   readonly profileHash: string;
+  /** Queue jobs that this worker holds at a time: how much the feeder may put before it. */
+  readonly concurrency: number;
+  /** A model on trial: jobs are pinned to it only when they name it. */
+  readonly candidate?: boolean;
   /** Inference only: the execution provider that really runs. */
   readonly provider?: string;
+}
+
+export interface WorkerFacts {
+  readonly kind: 'decoder' | 'inference';
+  readonly concurrency: number;
+  readonly candidate?: boolean;
 }
 
 const workersKey = 'as:workers';
@@ -95,7 +105,7 @@ export function announceWorker(
   service: Service,
   redis: Redis,
   bundle: Bundle,
-  kind: Announcement['kind'],
+  { kind, concurrency, candidate = false }: WorkerFacts,
   ready: () => { provider?: string } | undefined,
 ): void {
   const description = describeModel(bundle);
@@ -111,7 +121,16 @@ export function announceWorker(
   const tell = async () => {
     const more = ready();
     if (more === undefined) return false;
-    const announcement: Announcement = { kind, queue, workerId, since, ...route, ...more };
+    const announcement: Announcement = {
+      kind,
+      queue,
+      workerId,
+      since,
+      concurrency,
+      ...(candidate ? { candidate } : {}),
+      ...route,
+      ...more,
+    };
     await redis.set(modelKey(description.digest), JSON.stringify(description));
     await redis.hset(workersKey, field, JSON.stringify({ ...announcement, seen: Date.now() }));
     told = true;

@@ -3,7 +3,7 @@
  * stage can end into what must follow.
  *
  *   returned                  the stage committed and handed on
- *   ProblemError              the record fails with that code; the queue job is done
+ *   ProblemError              the record fails with that code; a retryable one is tried again first
  *   CommitRefused             cancelled or overtaken meanwhile: what was written is deleted
  *   InfrastructureFault       something was away: the job goes back, no attempt is spent, the worker pauses
  *   anything else             a bug or a crash: BullMQ tries again, the last attempt fails the record
@@ -55,7 +55,10 @@ export interface StageJob {
   readonly record: JobRecord;
   readonly log: Logger;
   /** @throws {CommitRefused} which the runner handles. */
-  commit(to: JobState, set: Partial<Pick<JobRecord, 'decoded' | 'outcome' | 'timings'>>): Promise<void>;
+  commit(
+    to: JobState,
+    set: Partial<Pick<JobRecord, 'audio' | 'decoded' | 'outcome' | 'timings'>>,
+  ): Promise<void>;
   /** Tells a watching page how far this stage is, 0..1. Best effort. */
   progress(fraction: number): void;
   /**
@@ -106,14 +109,14 @@ export function runStage(runner: StageRunner): void {
     registers: [service.registry],
   });
 
-  const startsField = name === 'decode' ? 'decodeStarts' : 'inferenceStarts';
+  const startsField = `${name}Starts` as const;
 
   async function process(job: Job<StagePayload>, token: string | undefined): Promise<void> {
     const from = performance.now();
     const payload = schema.safeParse(job.data);
     if (!payload.success) throw new UnrecoverableError(`payload not understood: ${payload.error.message}`);
-    const { tenant, jobId, generation, traceparent } = payload.data;
-    const ref = { tenant, jobId, generation };
+    const { tenant, jobId, generation, batch, traceparent } = payload.data;
+    const ref: JobRef = { tenant, jobId, generation, batch };
     const log = service.log.child({ jobId, generation, stage: name, traceId: traceparent.split('-')[1] });
     let outcome = 'error';
     let code = 'none';
@@ -125,14 +128,20 @@ export function runStage(runner: StageRunner): void {
         await giveBack(job, token, ref, error, log);
       }
       const last = job.attemptsMade + 1 >= (job.opts.attempts ?? 1);
-      log.error({ err: error, attempt: job.attemptsMade + 1, last }, 'attempt failed');
+      log.warn({ err: error, attempt: job.attemptsMade + 1, last }, 'attempt failed');
       if (!last) throw error;
+      const problem =
+        error instanceof ProblemError
+          ? error
+          : new ProblemError(
+              'internal_error',
+              'The job failed on our side several times; it can be sent again.',
+            );
       outcome = 'failed';
-      code = 'internal_error';
-      await fail(
-        ref,
-        new ProblemError('internal_error', 'The job failed on our side several times; it can be sent again.'),
-      );
+      code = problem.code;
+      await fail(ref, problem);
+      // The queue job is done, however it ended; a bug of ours stays in the queue's own list of failures.
+      if (error instanceof ProblemError) return;
       throw error;
     } finally {
       ended.inc({ stage: name, outcome, code });
@@ -183,7 +192,7 @@ export function runStage(runner: StageRunner): void {
         await cleanUp(ref);
         return { outcome: 'cancelled', code: 'none' };
       }
-      if (error instanceof ProblemError && !service.closing.aborted) {
+      if (error instanceof ProblemError && !error.retryable && !service.closing.aborted) {
         log.info({ code: error.code, detail: error.message }, 'failed');
         await fail(ref, error);
         return { outcome: 'failed', code: error.code };
@@ -244,11 +253,15 @@ export function runStage(runner: StageRunner): void {
     if (result.outcome === 'cancelled' || result.outcome === 'missing') await cleanUp(ref);
   }
 
-  /** After a cancel nothing of the job may stay; under a raised generation its objects are still in use. */
+  /**
+   * After a cancel nothing of the job may stay; under a raised generation its objects are still in use. A row without
+   * a record belongs to a chunk that was closed: what lies there is its result, and goes with the batch.
+   */
   async function cleanUp(ref: JobRef): Promise<void> {
     const record = await records.get(ref.tenant, ref.jobId);
+    if (record === undefined && ref.batch) return;
     if (record === undefined || record.state === 'cancelled') {
-      await deletePrefix(storage, jobPrefix(ref.tenant, ref.jobId));
+      await deletePrefix(storage, jobPrefix(record ?? { tenant: ref.tenant, id: ref.jobId }));
     }
   }
 

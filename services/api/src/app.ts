@@ -80,7 +80,7 @@ export function createApp({ service, config, jobs, changes, storage }: AppDeps):
         `The job ended as ${record.state} before its audio was decoded.`,
       );
     }
-    const image = await storage.read(spectrogramKey(tenant, record.id)).catch((error) => {
+    const image = await storage.read(spectrogramKey(record)).catch((error) => {
       throw error instanceof ObjectNotFound
         ? new ProblemError('no_spectrogram', 'The spectrogram of this job is no longer stored.')
         : error;

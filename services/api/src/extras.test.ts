@@ -37,7 +37,7 @@ test('explanation and vectors come as stored; why there are none is told apart',
     const done = record('completed');
     const gone = await refusal(done, extra);
     await storage.put(
-      (extra === 'vectors' ? vectorsKey : explanationKey)('acme', done.id),
+      (extra === 'vectors' ? vectorsKey : explanationKey)({ tenant: 'acme', id: done.id }),
       Buffer.from(extra),
     );
     assert.equal((await readExtra(storage, done, extra)).toString(), extra);

@@ -43,7 +43,7 @@ export async function readExtra(
   }
   if (record.state !== 'completed')
     throw new ProblemError(code, `The job ended as ${record.state}, so it has no ${extra}.`);
-  return storage.read(keyOf(record.tenant, record.id)).catch((error) => {
+  return storage.read(keyOf(record)).catch((error) => {
     throw error instanceof ObjectNotFound
       ? new ProblemError(
           code,

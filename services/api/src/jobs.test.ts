@@ -137,9 +137,9 @@ test('deleting a finished job deletes all that was stored beside its result', as
   const { id, generation } = await send({ vectors: 'true' });
   const other = await send();
   for (const keyOf of [spectrogramKey, explanationKey, vectorsKey])
-    await storage.put(keyOf('acme', id), Buffer.from('{}'));
+    await storage.put(keyOf({ tenant: 'acme', id }), Buffer.from('{}'));
   await records.commit({ tenant: 'acme', jobId: id, generation }, { from: ['queued'], to: 'failed' });
   assert.equal((await stored()).length, 5);
   assert.equal(await jobs.cancelOrDelete('acme', id), undefined);
-  assert.deepEqual(await stored(), [audioKey('acme', other.id)]);
+  assert.deepEqual(await stored(), [audioKey({ tenant: 'acme', id: other.id })]);
 });

@@ -5,18 +5,18 @@
 import { randomBytes, randomUUIDv7 } from 'node:crypto';
 import type { IncomingMessage } from 'node:http';
 import { ProblemError } from '@acousticsense/shared/errors';
-import type { JobRecord } from '@acousticsense/shared/job';
-import { anyOpenState, type JobRecords } from '@acousticsense/shared/job-records';
-import { audioKey, jobPrefix } from '@acousticsense/shared/object-keys';
+import { type JobRecord, type Timeline, timelineSchema } from '@acousticsense/shared/job';
+import { anyOpenState, type JobRecords, refOf } from '@acousticsense/shared/job-records';
+import { audioKey, jobPrefix, timelineKey } from '@acousticsense/shared/object-keys';
 import { isFinished, stageOf } from '@acousticsense/shared/pipeline';
 import type { Queues } from '@acousticsense/shared/queues';
 import { knownModel, liveWorkers, type ModelDescription } from '@acousticsense/shared/serving';
-import { deletePrefix, type Storage } from '@acousticsense/shared/storage';
+import { deletePrefix, ObjectNotFound, type Storage } from '@acousticsense/shared/storage';
 import type { Redis } from 'ioredis';
 import type { Logger } from 'pino';
 import type { z } from 'zod';
 import type { Changes } from './changes.ts';
-import { presentJob } from './presentation.ts';
+import { hasTimeline, presentJob } from './presentation.ts';
 import { type JobResource, jobOptionsSchema } from './schemas.ts';
 import { receiveUpload } from './upload.ts';
 
@@ -43,21 +43,27 @@ export function createJobs(deps: JobsDeps) {
 
   /**
    * The model that a new job is pinned to: of those that inference and decoder workers serve now, the newest.
+   * @param digest the model that is wished for (its first 16 digits suffice), on trial or not.
    * @throws {ProblemError} model_not_served
    */
-  async function servedModel(): Promise<ServedModel> {
+  async function servedModel(digest?: string): Promise<ServedModel> {
     const workers = await liveWorkers(redis);
     const decoded = new Set(
       workers.filter(({ kind }) => kind === 'decoder').map(({ profileHash }) => profileHash),
     );
     const serving = workers
       .filter(({ kind, profileHash }) => kind === 'inference' && decoded.has(profileHash))
+      .filter(({ modelDigest, candidate }) =>
+        digest === undefined ? !candidate : digest.length >= 16 && modelDigest.startsWith(digest),
+      )
       .sort((a, b) => b.since - a.since)[0];
     const description = serving && (await knownModel(redis, serving.modelDigest));
     if (!description) {
       throw new ProblemError(
         'model_not_served',
-        'No worker is ready to take jobs at present; try again in a moment.',
+        digest === undefined
+          ? 'No worker is ready to take jobs at present; try again in a moment.'
+          : `No worker serves a model with the digest ${digest.slice(0, 64)}; /v1/model names the one that is served.`,
         { retryAfter: 5 },
       );
     }
@@ -68,7 +74,7 @@ export function createJobs(deps: JobsDeps) {
     const { description } = await servedModel();
     await refuseWhenFull(tenant);
     const id = randomUUIDv7();
-    const key = audioKey(tenant, id);
+    const key = audioKey({ tenant, id });
     const from = performance.now();
     const upload = await receiveUpload(request, { storage, key, field, maxBytes: deps.maxUploadBytes });
     const uploadMs = Math.round(performance.now() - from);
@@ -134,7 +140,17 @@ export function createJobs(deps: JobsDeps) {
   async function present(record: JobRecord): Promise<JobResource> {
     // Only a result needs the model: a job that was just accepted is told even if Redis was lost since.
     const model = record.outcome && (await knownModel(redis, record.modelDigest));
-    return presentJob(record, model);
+    return presentJob(record, model, hasTimeline(record) ? await readTimeline(record) : undefined);
+  }
+
+  /** @returns undefined when it is no longer stored: the answer for the whole is worth telling without it. */
+  async function readTimeline(record: JobRecord): Promise<Timeline | undefined> {
+    try {
+      return timelineSchema.parse(JSON.parse((await storage.read(timelineKey(record))).toString('utf8')));
+    } catch (error) {
+      if (error instanceof ObjectNotFound) return undefined;
+      throw error;
+    }
   }
 
   /**
@@ -150,8 +166,7 @@ export function createJobs(deps: JobsDeps) {
         log.info({ jobId: id }, 'deleted');
         return undefined;
       }
-      const ref = { tenant, jobId: id, generation: record.generation };
-      const { outcome } = await records.commit(ref, {
+      const { outcome } = await records.commit(refOf(record), {
         from: anyOpenState,
         to: 'cancelled',
         events: [{ type: 'job.cancelled' }],
@@ -168,7 +183,7 @@ export function createJobs(deps: JobsDeps) {
 
   /** What a running stage writes after this, it deletes itself when its commit is refused. */
   async function deleteObjects(record: JobRecord): Promise<void> {
-    await deletePrefix(storage, jobPrefix(record.tenant, record.id));
+    await deletePrefix(storage, jobPrefix(record));
     if (!record.decoded) return;
     // A cache entry that another job on the same audio may want: that one goes back to decode.
     await storage.delete(`${record.decoded.tensorKey}.json`);

@@ -38,7 +38,7 @@ function completed(
   outcome: Pick<Outcome, 'probabilities' | 'windows'> & Partial<Outcome>,
   more: Partial<JobRecord> = {},
 ): JobRecord {
-  const windows = outcome.windows.map((probabilities, index) => ({
+  const windows = outcome.windows!.map((probabilities, index) => ({
     start: index * 5,
     end: index * 5 + 10,
     validFrames: 128,

@@ -1,5 +1,5 @@
 /** From a job record to what callers see; `topK` and `threshold` are applied here and nowhere else. */
-import type { JobRecord, Outcome } from '@acousticsense/shared/job';
+import type { JobRecord, Outcome, Timeline } from '@acousticsense/shared/job';
 import type { ModelDescription } from '@acousticsense/shared/serving';
 import { extras, isAskedFor } from './extras.ts';
 import type { JobResource } from './schemas.ts';
@@ -23,10 +23,17 @@ export function topGenres(
     .slice(0, topK);
 }
 
-/** @param model to which the job is pinned; without it a result has no labels. */
-export function presentJob(record: JobRecord, model: ModelDescription | undefined): JobResource {
+/**
+ * @param model to which the job is pinned; without it a result has no labels.
+ * @param timeline of a recording of many windows: {@link hasTimeline}.
+ */
+export function presentJob(
+  record: JobRecord,
+  model: ModelDescription | undefined,
+  timeline?: Timeline,
+): JobResource {
   const self = `/v1/jobs/${record.id}`;
-  const result = presentResult(record, model);
+  const result = presentResult(record, model, timeline);
   const asked = extras.filter((extra) => isAskedFor(record, extra));
   return {
     id: record.id,
@@ -55,17 +62,36 @@ export function presentJob(record: JobRecord, model: ModelDescription | undefine
   };
 }
 
-function presentResult(record: JobRecord, model: ModelDescription | undefined): Result | undefined {
+/** The windows of the result lie in an object of their own (`timelineKey`). */
+export function hasTimeline({ state, outcome }: Pick<JobRecord, 'state' | 'outcome'>): boolean {
+  return state === 'completed' && outcome !== undefined && outcome.windows === undefined;
+}
+
+/** What a result is made from; a stored row of a batch has it as a record has. */
+export type Answered = Pick<JobRecord, 'state' | 'decoded' | 'outcome' | 'presentation'>;
+
+export function presentResult(
+  record: Answered,
+  model: ModelDescription | undefined,
+  timeline?: Timeline,
+): Result | undefined {
   const { outcome, decoded, presentation } = record;
   if (record.state !== 'completed' || outcome === undefined || decoded === undefined) return undefined;
+  const spans = timeline?.windows ?? decoded.windows ?? [];
+  const perWindow = timeline?.probabilities ?? outcome.windows ?? [];
+  const outliers = timeline?.outliers ?? outcome.outliers;
   const { topK, threshold } = presentation;
   const labels = model?.labels ?? [];
   const limits = { threshold, outlierThreshold: model?.outlierThreshold };
   const ranked = outcome.probabilities ? topGenres(outcome.probabilities, labels, labels.length) : [];
   const [first, second] = ranked;
-  const uncertainBecause = reasonToDoubt(outcome.probabilities, meanOutlier(outcome), limits);
+  const uncertainBecause = reasonToDoubt(
+    outcome.probabilities,
+    outcome.outlier ?? meanOutlier(outliers),
+    limits,
+  );
   const reliability =
-    uncertainBecause === 'not_music' ? undefined : reliabilityOf(outcome, model?.reliability);
+    uncertainBecause === 'not_music' ? undefined : reliabilityOf(perWindow, model?.reliability);
   return {
     top: ranked.slice(0, topK),
     probabilities: Object.fromEntries(
@@ -76,13 +102,13 @@ function presentResult(record: JobRecord, model: ModelDescription | undefined): 
     lead: round(first ? first.confidence - (second?.confidence ?? 0) : 0),
     threshold,
     ...(reliability ? { reliability } : {}),
-    windows: decoded.windows.map(({ start, end, silent }, index) => {
-      const probabilities = outcome.windows[index] ?? null;
+    windows: spans.map(({ start, end, silent }, index) => {
+      const probabilities = perWindow[index] ?? null;
       return {
         start,
         end,
         silent,
-        uncertain: reasonToDoubt(probabilities, outcome.outliers?.[index] ?? undefined, limits) !== undefined,
+        uncertain: reasonToDoubt(probabilities, outliers?.[index] ?? undefined, limits) !== undefined,
         top: probabilities ? topGenres(probabilities, labels, Math.min(topK, 3)) : [],
       };
     }),
@@ -109,8 +135,8 @@ function reasonToDoubt(
 }
 
 /** Over the windows that were heard. */
-function meanOutlier({ outliers }: Outcome): number | undefined {
-  const heard = (outliers ?? []).filter((score) => score !== null);
+function meanOutlier(outliers: Outcome['outliers'] = []): number | undefined {
+  const heard = outliers.filter((score) => score !== null);
   return heard.length === 0 ? undefined : heard.reduce((a, b) => a + b) / heard.length;
 }
 
@@ -122,7 +148,7 @@ const leastClips = 10;
  * that were read from one.
  */
 function reliabilityOf(
-  { windows }: Outcome,
+  windows: readonly (readonly number[] | null)[],
   bins: ModelDescription['reliability'] = [],
 ): Result['reliability'] {
   const [only, ...others] = windows.filter((window) => window !== null);

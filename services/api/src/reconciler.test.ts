@@ -147,8 +147,8 @@ describe('the reconciler', () => {
   });
 
   test('deletes objects without a record after a day, and not before', async () => {
-    const old = audioKey(tenant, idAt(Date.now() - 26 * hour));
-    const young = audioKey(tenant, idAt(Date.now() - 2 * hour));
+    const old = audioKey({ tenant, id: idAt(Date.now() - 26 * hour) });
+    const young = audioKey({ tenant, id: idAt(Date.now() - 2 * hour) });
     await object(old, 26 * hour);
     await object(young, 2 * hour);
     assert.equal(await reconciler().sweepObjects(), 1);
@@ -162,18 +162,21 @@ describe('the reconciler', () => {
     const open = await job('decoding', created);
     for (const { id } of [done, open]) {
       for (const keyOf of [audioKey, spectrogramKey, explanationKey, vectorsKey])
-        await object(keyOf(tenant, id), 26 * hour);
+        await object(keyOf({ tenant, id }), 26 * hour);
     }
     assert.equal(await reconciler().sweepObjects(), 1);
-    assert.equal(await storage.stat(audioKey(tenant, done.id)), undefined);
+    assert.equal(await storage.stat(audioKey({ tenant: tenant, id: done.id })), undefined);
     for (const keyOf of [spectrogramKey, explanationKey, vectorsKey])
-      assert.ok(await storage.stat(keyOf(tenant, done.id)));
-    assert.ok(await storage.stat(audioKey(tenant, open.id)), 'an unfinished job still needs its audio');
+      assert.ok(await storage.stat(keyOf({ tenant, id: done.id })));
+    assert.ok(
+      await storage.stat(audioKey({ tenant: tenant, id: open.id })),
+      'an unfinished job still needs its audio',
+    );
   });
 
   test('deletes what is left of a job when its record has expired', async () => {
     const id = idAt(Date.now() - 31 * day - 2 * hour);
-    const keys = [spectrogramKey, explanationKey, vectorsKey].map((keyOf) => keyOf(tenant, id));
+    const keys = [spectrogramKey, explanationKey, vectorsKey].map((keyOf) => keyOf({ tenant, id }));
     for (const key of keys) await object(key, 31 * day);
     await reconciler().sweepObjects();
     for (const key of keys) assert.equal(await storage.stat(key), undefined, key);
@@ -181,7 +184,7 @@ describe('the reconciler', () => {
 
   test('comes back for audio whose upload went on over the full hour', async () => {
     const done = await job('completed', Math.floor(Date.now() / hour) * hour - 24 * hour - 1);
-    const key = audioKey(tenant, done.id);
+    const key = audioKey({ tenant: tenant, id: done.id });
     await object(key, 24 * hour - 5 * 60_000);
     const now = Math.floor(Date.now() / hour) * hour + 1;
     const sweep = (at: number) => reconciler().sweepObjects(at);
@@ -194,7 +197,7 @@ describe('the reconciler', () => {
 
   test('comes back for what a job left whose record outlived the last look', async () => {
     const done = await job('completed', Date.now() - 31 * day - 2 * hour);
-    const key = spectrogramKey(tenant, done.id);
+    const key = spectrogramKey({ tenant: tenant, id: done.id });
     await object(key, 31 * day);
     await reconciler().sweepObjects();
     assert.ok(await storage.stat(key));
@@ -208,12 +211,12 @@ describe('the reconciler', () => {
     const created = Date.now() - 26 * hour;
     const damaged = await job('completed', created);
     await redis.hset(`as:{${tenant}}:job:${damaged.id}`, 'selection', '{');
-    const orphan = audioKey(tenant, idAt(created));
-    await object(spectrogramKey(tenant, damaged.id), 26 * hour);
+    const orphan = audioKey({ tenant, id: idAt(created) });
+    await object(spectrogramKey({ tenant: tenant, id: damaged.id }), 26 * hour);
     await object(orphan, 26 * hour);
     assert.equal(await reconciler().sweepObjects(), 1);
     assert.equal(await storage.stat(orphan), undefined);
-    await storage.delete(spectrogramKey(tenant, damaged.id));
+    await storage.delete(spectrogramKey({ tenant: tenant, id: damaged.id }));
   });
 
   test('deletes tensors past their retention', async () => {

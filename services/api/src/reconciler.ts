@@ -10,7 +10,7 @@
  */
 import { randomUUID } from 'node:crypto';
 import { InfrastructureFault } from '@acousticsense/shared/errors';
-import type { JobRecords } from '@acousticsense/shared/job-records';
+import { firstState, type JobRecords, refOf } from '@acousticsense/shared/job-records';
 import { hourPrefix, tensorPrefix } from '@acousticsense/shared/object-keys';
 import { isFinished, stageOf } from '@acousticsense/shared/pipeline';
 import type { Backlog, Queues } from '@acousticsense/shared/queues';
@@ -96,16 +96,15 @@ export function createReconciler(deps: ReconcilerDeps) {
       { jobId, state: record.state, queueState: state },
       'queue job ended without an end of the job: starting over',
     );
-    const ref = { tenant, jobId, generation: record.generation };
-    const raised = await records.commit(ref, {
+    const raised = await records.commit(refOf(record), {
       // If it has gone on since it was read, the queue job that ended was not the last one.
       from: [record.state],
-      to: 'queued',
+      to: firstState(record.audio),
       raiseGeneration: true,
       clear: ['decoded'],
     });
     if (raised.outcome !== 'committed') return false;
-    await queues.add('decode', { ...record, generation: raised.generation });
+    await queues.add(stageOf(firstState(record.audio))!, { ...record, generation: raised.generation });
     return true;
   }
 

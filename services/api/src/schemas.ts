@@ -117,6 +117,66 @@ export const modelSchema = modelDescriptionSchema.extend({
 });
 export type ModelResource = z.infer<typeof modelSchema>;
 
+/** Begins an upload by signed URLs. */
+export const uploadRequestSchema = z.strictObject({
+  size: z.int().min(1).describe('bytes'),
+  filename: z.string().max(1_000).optional().describe('for display'),
+  parts: z
+    .int()
+    .min(1)
+    .max(10_000)
+    .optional()
+    .describe('how many to cut it into, of at least 5 MiB each; of 16 MiB when absent'),
+});
+
+export const uploadPartSchema = z.strictObject({
+  number: z.int().min(1),
+  size: z.int().describe('bytes that the PUT must carry: its Content-Length is signed'),
+  url: z.string().describe('where to PUT them; ask again for those that have expired'),
+  etag: z.string().optional().describe('of what has come under this number; absent when nothing has'),
+});
+export type UploadPart = z.infer<typeof uploadPartSchema>;
+
+const statedPartSchema = z.strictObject({
+  number: z.int().min(1).max(10_000),
+  etag: z.string().min(1).max(200).describe('from the answer to its PUT'),
+});
+export type StatedPart = z.infer<typeof statedPartSchema>;
+export const uploadCompletionSchema = z.strictObject({ parts: z.array(statedPartSchema).min(1).max(10_000) });
+
+export const uploadSchema = z.strictObject({
+  id: z.uuid(),
+  state: z.enum(['open', 'finished']),
+  by: z.enum(['tus', 'presigned']),
+  size: z.int().describe('bytes, as announced'),
+  received: z.int().optional().describe('bytes that have come; known of uploads by tus'),
+  filename: z.string(),
+  createdAt: z.iso.datetime(),
+  expiresAt: z.iso.datetime().describe('an unfinished one is then deleted, and so is a finished one later'),
+  completedAt: z.iso.datetime().optional(),
+  etag: z.string().optional().describe('of the finished object: a job reads this content or fails'),
+  sha256: z.string().optional(),
+  parts: z.array(uploadPartSchema).optional().describe('the first 100'),
+  links: z.strictObject({
+    self: z.string(),
+    tus: z.string().optional(),
+    parts: z.string().optional(),
+    next: z.string().optional().describe('further parts'),
+    complete: z.string().optional(),
+  }),
+});
+export type UploadResource = z.infer<typeof uploadSchema>;
+
+export const uploadPartsSchema = z.strictObject({
+  parts: z.array(uploadPartSchema).describe('100 at most'),
+  links: z.strictObject({ next: z.string().optional() }),
+});
+export const uploadPartsQuerySchema = z.strictObject({
+  after: number(z.number().int().min(0).max(10_000))
+    .default(0)
+    .describe('the last number of the page before'),
+});
+
 /** The seed application's answer, exactly. */
 export const predictionSchema = z.strictObject({
   prediction: z.array(guess),

@@ -177,7 +177,7 @@ export function displayName(filename: string | undefined): string {
   return clean === '' || clean === '.' || clean === '..' ? 'unnamed' : clean;
 }
 
-function tooLarge(maxBytes: number): ProblemError {
+export function tooLarge(maxBytes: number): ProblemError {
   const mebibytes = Math.floor(maxBytes / (1024 * 1024));
   const limit = mebibytes >= 1 ? `${mebibytes} MiB` : `${maxBytes} bytes`;
   return new ProblemError('file_too_large', `The file is larger than ${limit}, the most that is taken here.`);

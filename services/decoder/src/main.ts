@@ -31,7 +31,8 @@ await startService(
     await clearScratch(config.scratchDirectory);
     const backends = openBackends(service, config);
     const { storage, queues } = backends;
-    announceWorker(service, backends.redis, bundle, 'decoder', () =>
+    const { concurrency, candidate } = config;
+    announceWorker(service, backends.redis, bundle, { kind: 'decoder', concurrency, candidate }, () =>
       ffmpegVersion === undefined ? undefined : {},
     );
 

@@ -5,7 +5,7 @@ import { after, test } from 'node:test';
 import { pathToFileURL } from 'node:url';
 import { hashProfile } from '@acousticsense/shared/bundle';
 import { InfrastructureFault } from '@acousticsense/shared/errors';
-import { type JobRecord, jobRecordSchema, sidecarSchema } from '@acousticsense/shared/job';
+import { type JobRecord, jobRecordSchema, type StoredAudio, sidecarSchema } from '@acousticsense/shared/job';
 import { audioKey, spectrogramKey } from '@acousticsense/shared/object-keys';
 import { openStorage } from '@acousticsense/shared/open-storage';
 import { CommitRefused, type StageJob } from '@acousticsense/shared/stage';
@@ -40,7 +40,7 @@ async function makeJob(content: Buffer | undefined = audio) {
       .padStart(12, '0')
       .replace(/^(.{8})/, '$1-')}-7`,
   );
-  const key = audioKey('local', id);
+  const key = audioKey({ tenant: 'local', id });
   if (content.length > 0) await storage.put(key, content);
   const record: JobRecord = jobRecordSchema.parse({
     id,
@@ -88,6 +88,7 @@ async function makeJob(content: Buffer | undefined = audio) {
 }
 
 const signal = () => AbortSignal.timeout(30_000);
+const storedAudio = (job: StageJob) => job.record.audio as StoredAudio;
 
 test('audio becomes a tensor, a sidecar and a spectrogram, then a commit, then an inference job', async () => {
   const { job, stage, steps, commits, scratchDirectory } = await makeJob();
@@ -95,7 +96,7 @@ test('audio becomes a tensor, a sidecar and a spectrogram, then a commit, then a
   assert.deepEqual(steps, ['commit', 'add inference']);
   const [to, { decoded, timings }] = commits[0]!;
   assert.equal(to, 'decoded');
-  assert.equal(decoded!.contentId, job.record.audio.sha256);
+  assert.equal(decoded!.contentId, storedAudio(job).sha256);
   const tensor = parseNpy(await storage.read(`${decoded!.tensorKey}.npy`));
   assert.deepEqual(tensor.shape, [1, 128, 128]);
   const sidecar = sidecarSchema.parse(
@@ -103,7 +104,7 @@ test('audio becomes a tensor, a sidecar and a spectrogram, then a commit, then a
   );
   assert.deepEqual(sidecar.windows, decoded!.windows);
   assert.deepEqual(sidecar.input, decoded!.input);
-  assert.equal(parseNpy(await storage.read(spectrogramKey('local', job.record.id))).shape[0], 128);
+  assert.equal(parseNpy(await storage.read(spectrogramKey(job.record))).shape[0], 128);
   assert.ok(timings!.decodeWait! >= 50 && timings!.decode! > 0);
   assert.deepEqual(await readdir(scratchDirectory), []);
 });
@@ -111,7 +112,7 @@ test('audio becomes a tensor, a sidecar and a spectrogram, then a commit, then a
 test('a job that died between its last object and its commit is not decoded again', async () => {
   const { job, stage, commits } = await makeJob();
   await stage.run(job, signal());
-  await storage.delete(job.record.audio.key);
+  await storage.delete(storedAudio(job).key);
   await stage.run(job, signal());
   assert.deepEqual(commits[1]![1].decoded, commits[0]![1].decoded);
 });
@@ -122,7 +123,7 @@ test('another job on the same audio shares the tensor and has a spectrogram of i
   await one.stage.run(one.job, signal());
   await two.stage.run(two.job, signal());
   assert.equal(two.commits[0]![1].decoded!.tensorKey, one.commits[0]![1].decoded!.tensorKey);
-  assert.ok(await storage.stat(spectrogramKey('local', two.job.record.id)));
+  assert.ok(await storage.stat(spectrogramKey(two.job.record)));
 });
 
 test('audio that is gone, and audio that is none, are problems of the job and leave nothing in scratch', async () => {

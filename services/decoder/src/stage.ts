@@ -1,9 +1,18 @@
 /** The decode stage: an audio object -> log-mel windows and a spectrogram in storage -> the job record. */
+import { createHash } from 'node:crypto';
 import { createReadStream } from 'node:fs';
 import { mkdir, mkdtemp, readdir, rm } from 'node:fs/promises';
 import path from 'node:path';
+import { pipeline } from 'node:stream/promises';
 import { ProblemError } from '@acousticsense/shared/errors';
-import { type Decoded, type JobRecord, type Sidecar, sidecarSchema } from '@acousticsense/shared/job';
+import {
+  type Decoded,
+  inlineWindows,
+  type JobRecord,
+  type Sidecar,
+  type StoredAudio,
+  sidecarSchema,
+} from '@acousticsense/shared/job';
 import { spectrogramKey, tensorKey } from '@acousticsense/shared/object-keys';
 import type { Queues } from '@acousticsense/shared/queues';
 import type { Stage, StageJob } from '@acousticsense/shared/stage';
@@ -36,9 +45,9 @@ export function createDecodeStage({
     async run(job, signal) {
       const { record } = job;
       const begun = Date.now();
-      const key = keyOf(record);
+      const known = 'sha256' in record.audio ? record.audio.sha256 : undefined;
       const { decoded, fetchedAt } =
-        (await findDecoded(job, key, signal)) ?? (await decode(job, key, signal));
+        (known && (await findDecoded(job, known, signal))) || (await decode(job, signal));
       const timings = {
         decodeWait: Math.max(0, begun - record.createdAt),
         decodeFetch: fetchedAt - begun,
@@ -53,13 +62,17 @@ export function createDecodeStage({
     },
   };
 
-  async function decode(job: StageJob, key: string, signal: AbortSignal): Promise<DecodedAt> {
+  async function decode(job: StageJob, signal: AbortSignal): Promise<DecodedAt> {
     const { record } = job;
     await using scratch = await openScratch(scratchDirectory);
     // A fixed name: what the caller named the file reaches no command line.
     const audio = path.join(scratch.directory, 'audio');
-    await fetchAudio(record.audio.key, audio, signal);
+    const contentId = await fetchAudio(record, audio, signal);
     const fetchedAt = Date.now();
+    // Only now is it known what was sent: another job may have decoded the same sound.
+    const before = await findDecoded(job, contentId, signal);
+    if (before) return { ...before, fetchedAt };
+    const key = keyOf(record, contentId);
     const analysis = await frontEnd.analyse(
       audio,
       record.selection,
@@ -68,16 +81,23 @@ export function createDecodeStage({
       throttled(job),
     );
     await store(record, key, analysis, signal);
-    const { windows, input, warnings } = analysis;
-    const decoded: Decoded = { contentId: record.audio.sha256, tensorKey: key, windows, input, warnings };
-    return { decoded, fetchedAt };
+    return { decoded: decodedOf(contentId, key, analysis), fetchedAt };
   }
 
-  function keyOf({ tenant, audio, selection }: JobRecord): string {
+  function decodedOf(
+    contentId: string,
+    tensorKey: string,
+    { windows, input, warnings }: Pick<Sidecar, 'windows' | 'input' | 'warnings'>,
+  ): Decoded {
+    const few = windows.length <= inlineWindows;
+    return { contentId, tensorKey, ...(few ? { windows } : {}), input, warnings };
+  }
+
+  function keyOf({ tenant, selection }: JobRecord, contentId: string): string {
     const selectionHash = hashSelection(selection);
     return tensorKey({
       tenant,
-      contentId: audio.sha256,
+      contentId,
       profileHash,
       selectionHash,
       frontEnd: frontEndVersion,
@@ -87,20 +107,17 @@ export function createDecodeStage({
   /** What an earlier run of this job left complete before it could commit: the sidecar is written last. */
   async function findDecoded(
     { record, log }: StageJob,
-    key: string,
+    contentId: string,
     signal: AbortSignal,
   ): Promise<DecodedAt | undefined> {
-    const [tensor, picture] = await Promise.all([
-      storage.stat(`${key}.npy`),
-      storage.stat(spectrogramKey(record.tenant, record.id)),
-    ]);
-    if (tensor === undefined || picture === undefined) return undefined;
+    const key = keyOf(record, contentId);
+    const wanted = [`${key}.npy`, ...(showsSpectrogram(record) ? [spectrogramKey(record)] : [])];
+    const found = await Promise.all(wanted.map((object) => storage.stat(object)));
+    if (found.includes(undefined)) return undefined;
     const sidecar = await readSidecar(`${key}.json`, signal);
     if (sidecar?.frontEnd !== frontEndVersion || sidecar.profileHash !== profileHash) return undefined;
     log.info({ tensorKey: key }, 'decoded before');
-    const { windows, input, warnings } = sidecar;
-    const decoded: Decoded = { contentId: record.audio.sha256, tensorKey: key, windows, input, warnings };
-    return { decoded, fetchedAt: Date.now() };
+    return { decoded: decodedOf(contentId, key, sidecar), fetchedAt: Date.now() };
   }
 
   async function readSidecar(key: string, signal: AbortSignal): Promise<Sidecar | undefined> {
@@ -113,9 +130,20 @@ export function createDecodeStage({
     }
   }
 
-  async function fetchAudio(key: string, file: string, signal: AbortSignal): Promise<void> {
+  /** @returns the SHA-256 of the audio. */
+  async function fetchAudio({ audio }: JobRecord, file: string, signal: AbortSignal): Promise<string> {
+    if ('key' in audio) return fetchStored(audio, file, signal);
+    throw new Error('no reader for this kind of audio');
+  }
+
+  async function fetchStored(
+    { key, sha256 }: StoredAudio,
+    file: string,
+    signal: AbortSignal,
+  ): Promise<string> {
     try {
       await toScratch(storage, key, file, signal);
+      return sha256 ?? (await digestOf(file));
     } catch (error) {
       if (!(error instanceof ObjectNotFound)) throw error;
       throw new ProblemError(
@@ -137,12 +165,23 @@ export function createDecodeStage({
     // Both settle before either's failure is told: nothing is written after the job has been cleaned up.
     const puts = await Promise.allSettled([
       storage.put(`${key}.npy`, createReadStream(tensorFile), signal),
-      storage.put(spectrogramKey(record.tenant, record.id), createReadStream(spectrogramFile), signal),
+      ...(showsSpectrogram(record)
+        ? [storage.put(spectrogramKey(record), createReadStream(spectrogramFile), signal)]
+        : []),
     ]);
     for (const put of puts) if (put.status === 'rejected') throw put.reason;
     const sidecar: Sidecar = { v: 1, frontEnd: frontEndVersion, profileHash, windows, input, warnings };
     await storage.put(`${key}.json`, Buffer.from(JSON.stringify(sidecar)), signal);
   }
+}
+
+/** Nobody looks at the sound of each of a million rows. */
+const showsSpectrogram = (record: JobRecord) => record.batch === undefined;
+
+async function digestOf(file: string): Promise<string> {
+  const hash = createHash('sha256');
+  await pipeline(createReadStream(file), hash);
+  return hash.digest('hex');
 }
 
 async function openScratch(parent: string): Promise<AsyncDisposable & { directory: string }> {

@@ -28,7 +28,7 @@ export function calibratedSoftmax(logits: Float32Array, calibration: Calibration
 export function aggregate(
   logits: readonly (Float32Array | null)[],
   { calibration, aggregation }: Pick<Manifest, 'aggregation'> & { readonly calibration: Calibration },
-): Pick<Outcome, 'probabilities' | 'windows'> {
+): Pick<Outcome, 'probabilities'> & { windows: (number[] | null)[] } {
   const windows = logits.map((window) => window && calibratedSoftmax(window, calibration));
   const heard = windows.filter((window) => window !== null);
   const ballots = aggregation === 'mean' ? heard : heard.map(winnerTakesAll);

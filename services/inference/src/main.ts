@@ -53,7 +53,8 @@ await startService(
       log,
     });
 
-    announceWorker(service, backends.redis, bundle, 'inference', () => {
+    const { concurrency, candidate } = config;
+    announceWorker(service, backends.redis, bundle, { kind: 'inference', concurrency, candidate }, () => {
       const { ready } = model.status;
       return ready && { provider: ready.provider };
     });

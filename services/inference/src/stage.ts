@@ -4,11 +4,17 @@
  */
 import type { Manifest } from '@acousticsense/shared/bundle';
 import { InfrastructureFault, ProblemError } from '@acousticsense/shared/errors';
-import type { Decoded } from '@acousticsense/shared/job';
-import { explanationKey, vectorsKey } from '@acousticsense/shared/object-keys';
+import {
+  type Decoded,
+  inlineWindows,
+  type Outcome,
+  sidecarSchema,
+  type Timeline,
+} from '@acousticsense/shared/job';
+import { explanationKey, timelineKey, vectorsKey } from '@acousticsense/shared/object-keys';
 import type { Stage, StageJob } from '@acousticsense/shared/stage';
 import { ObjectNotFound, type Storage } from '@acousticsense/shared/storage';
-import { parseNpy } from '@acousticsense/shared/tensor';
+import { parseNpy, type WindowInfo } from '@acousticsense/shared/tensor';
 import { aggregate } from './aggregate.ts';
 import { type Batcher, CrashedAlone, type Inferred } from './batcher.ts';
 import { explainedOf, explanationOf, vectorsOf } from './extras.ts';
@@ -35,39 +41,54 @@ export function createInferenceStage({ manifest, storage, batcher, provider }: I
       const { decoded } = job.record;
       if (decoded === undefined) return job.sendBack('the record holds nothing decoded');
       const waited = waitSinceDecoded(job);
+      const spans = decoded.windows ?? (await readSpans(decoded, signal));
+      if (spans === undefined) return job.sendBack('the sidecar of the tensor is gone');
 
-      using _room = await batcher.admit(decoded.windows.length * windowBytes, signal);
-      const windows = await readWindows(decoded, signal);
+      using _room = await batcher.admit(spans.length * windowBytes, signal);
+      const windows = await readWindows(decoded, spans.length, signal);
       if (typeof windows === 'string') return job.sendBack(windows);
 
-      const heard = decoded.windows.flatMap(({ silent, start, end }, i) =>
+      const heard = spans.flatMap(({ silent, start, end }, i) =>
         silent ? [] : [{ start, end, cells: windows[i]! }],
       );
       const inferred = heard.length === 0 ? nothing() : await classify(job, heard, signal);
       let next = 0;
-      const answers = decoded.windows.map(({ silent }) => (silent ? null : inferred.windows[next++]!));
-      const outcome = {
-        ...aggregate(
-          answers.map((answer) => answer?.logits ?? null),
-          manifest,
-        ),
-        ...(outputs.outlier ? { outliers: answers.map((answer) => answer && outlierOf(answer)) } : {}),
-        provider: inferred.provider,
-      };
+      const answers = spans.map(({ silent }) => (silent ? null : inferred.windows[next++]!));
+      const { probabilities, windows: perWindow } = aggregate(
+        answers.map((answer) => answer?.logits ?? null),
+        manifest,
+      );
+      const outliers = outputs.outlier ? answers.map((answer) => answer && outlierOf(answer)) : undefined;
 
-      const { tenant, id, extras } = job.record;
+      const { record } = job;
+      const { extras } = record;
       const write = (key: string, value: unknown) =>
         storage.put(key, Buffer.from(JSON.stringify(value)), signal);
+      const timeline: Timeline = {
+        v: 1,
+        windows: spans,
+        probabilities: perWindow,
+        ...(outliers ? { outliers } : {}),
+      };
+      const short = spans.length <= inlineWindows;
+      if (!short) await write(timelineKey(record), timeline);
+      const outlier = meanOf(outliers);
+      const outcome: Outcome = {
+        probabilities,
+        ...(short ? { windows: perWindow, ...(outliers ? { outliers } : {}) } : {}),
+        ...(outlier === undefined ? {} : { outlier }),
+        provider: inferred.provider,
+      };
       if (extras?.vectors) {
         const embeds = outputs.embedding !== undefined;
-        const vectors = vectorsOf(manifest.labels, decoded.windows, answers, embeds);
-        await write(vectorsKey(tenant, id), vectors);
+        const vectors = vectorsOf(manifest.labels, spans, answers, embeds);
+        await write(vectorsKey(record), vectors);
       }
       if (extras?.explain && explain) {
         const shown = explainedOf(heard);
         const maps = await attentionOf(job, shown, signal);
         const columns = explain.output.shape.at(-1) as number;
-        if (maps) await write(explanationKey(tenant, id), explanationOf(shown, maps, columns));
+        if (maps) await write(explanationKey(record), explanationOf(shown, maps, columns));
       }
 
       await job.commit('completed', {
@@ -80,16 +101,31 @@ export function createInferenceStage({ manifest, storage, batcher, provider }: I
   };
 
   /** @returns the windows, or in words why the tensor is not the one that the record describes. */
-  async function readWindows(decoded: Decoded, signal: AbortSignal): Promise<Uint8Array[] | string> {
-    const expected = [decoded.windows.length, melBands, windowFrames];
+  async function readWindows(
+    decoded: Decoded,
+    count: number,
+    signal: AbortSignal,
+  ): Promise<Uint8Array[] | string> {
+    const expected = [count, melBands, windowFrames];
     try {
       const { shape, data } = parseNpy(await storage.read(`${decoded.tensorKey}.npy`, signal));
       if (JSON.stringify(shape) !== JSON.stringify(expected))
         return `the tensor is ${shape}, expected ${expected}`;
-      return decoded.windows.map((_, i) => data.subarray(i * windowBytes, (i + 1) * windowBytes));
+      return Array.from({ length: count }, (_, i) => data.subarray(i * windowBytes, (i + 1) * windowBytes));
     } catch (error) {
       if (error instanceof ObjectNotFound) return error.message;
       if (error instanceof TypeError) return `the tensor is damaged: ${error.message}`;
+      throw error;
+    }
+  }
+
+  /** Where the windows lie, of a recording of too many to stand in the record. */
+  async function readSpans({ tensorKey }: Decoded, signal: AbortSignal): Promise<WindowInfo[] | undefined> {
+    try {
+      const text = await storage.read(`${tensorKey}.json`, signal);
+      return sidecarSchema.safeParse(JSON.parse(text.toString('utf8'))).data?.windows;
+    } catch (error) {
+      if (error instanceof ObjectNotFound || error instanceof SyntaxError) return undefined;
       throw error;
     }
   }
@@ -155,6 +191,12 @@ function outlierOf({ outlier }: GraphOutputs['classify']): number {
   if (!Number.isFinite(score))
     throw new RangeError('the model gave an outlier score that is not a finite number');
   return Math.round(score! * 1e4) / 1e4;
+}
+
+/** Over the windows that were heard. */
+function meanOf(scores: readonly (number | null)[] | undefined): number | undefined {
+  const heard = (scores ?? []).filter((score) => score !== null);
+  return heard.length === 0 ? undefined : heard.reduce((a, b) => a + b) / heard.length;
 }
 
 /** Milliseconds since acceptance that the decoder does not account for. */

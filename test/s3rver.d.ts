@@ -13,6 +13,19 @@ declare module 's3rver' {
     readonly store: {
       getResourcePath(bucket: string, key: string | undefined, resource: string): string;
       getMetadata(bucket: string, key: string): Promise<Record<string, string>>;
+      getBucket(bucket: string): Promise<unknown>;
+      listObjects(
+        bucket: string,
+        options: { prefix: string; startAfter: string | undefined; maxKeys: number },
+      ): Promise<{
+        objects: {
+          key: string;
+          size: number;
+          metadata: Record<string, string>;
+          lastModifiedDate: Date;
+        }[];
+        isTruncated: boolean;
+      }>;
       putObjectMultipart(
         bucket: string,
         uploadId: string,

@@ -5,6 +5,7 @@
 import { readFileSync } from 'node:fs';
 import type { Redis } from 'ioredis';
 import { type JobRecord, jobRecordSchema } from './job.ts';
+import { chunkRows } from './manifest.ts';
 import { type BatchRow, type JobState, openStates } from './pipeline.ts';
 import { withRedis } from './redis.ts';
 
@@ -123,6 +124,12 @@ export const keys = {
   events: (tenant: string) => `as:{${tenant}}:events`,
   batch: (tenant: string, batchId: string) => `as:{${tenant}}:batch:${batchId}`,
   rows: (tenant: string, batchId: string, chunk: number) => `as:{${tenant}}:batch:${batchId}:rows:${chunk}`,
+  batches: (tenant: string) => `as:{${tenant}}:batches`,
+  /** Ids of batches that have not ended. */
+  activeBatches: (tenant: string) => `as:{${tenant}}:active-batches`,
+  /** When a batch was deleted (epoch ms). */
+  deletedBatch: (tenant: string, batchId: string) => `as:{${tenant}}:deleted-batch:${batchId}`,
+  revision: (tenant: string) => `as:{${tenant}}:revision`,
   /** `<batch id>/<chunk>` of chunks whose rows have all ended. */
   ended: (tenant: string) => `as:{${tenant}}:ended-chunks`,
   tenants: 'as:tenants',
@@ -202,22 +209,19 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
     return { outcome, state, generation, version } as CommitResult;
   }
 
-  const known = new Set<string>();
-  async function knowTenant(tenant: string): Promise<void> {
-    if (known.has(tenant)) return;
-    await withRedis(() => redis.sadd(keys.tenants, tenant));
-    known.add(tenant);
-  }
-
   return {
     async create(record) {
-      // Outside the atomic step, because it lies in another hash slot; before it, so that no record is unknown
+      // Outside the atomic step, because it lies in another hash slot; sent before it, so that no record is unknown
       // to the reconciler. A tenant without jobs is harmless.
-      await knowTenant(record.tenant);
+      const { tenant } = record;
       const { state: to = firstState(record.audio), ...fields } = record;
       const events = to === 'completed' ? [{ type: 'job.completed' as const }] : [];
       const tally = record.reused ? ['reused'] : [];
-      return run(refOf(record), { from: ['none'], to, set: toHash(fields), events }, tally);
+      const [, result] = await Promise.all([
+        withRedis(() => redis.sadd(keys.tenants, tenant)),
+        run(refOf(record), { from: ['none'], to, set: toHash(fields), events }, tally),
+      ]);
+      return result;
     },
 
     async get(tenant, jobId) {
@@ -251,9 +255,6 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
     tenants: () => withRedis(() => redis.smembers(keys.tenants)),
   };
 }
-
-/** Rows in a chunk; every chunk but the last of a batch is full. */
-export const chunkRows = 1_000;
 
 /** From 0, through the whole batch. */
 export const rowIndex = ({ chunk, row }: Pick<BatchRow, 'chunk' | 'row'>): number => chunk * chunkRows + row;

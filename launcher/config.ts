@@ -27,6 +27,8 @@ const variables = z.object({
   MODEL_URL: z.string().min(1).default('models/default'),
   /** The key that callers must send. */
   API_KEY: optional,
+  /** Seals the credentials of tenants. Without it: one is made and kept in DATA_DIR. */
+  SECRETS_KEY: optional,
   /** First of consecutive ports for the health and metrics of the services behind the API. 0: free ones. */
   METRICS_PORT: z.coerce.number().int().min(0).max(65_500).default(0),
   /** 1: every log line of every service on the terminal, not only warnings and errors. */
@@ -42,6 +44,7 @@ export interface LauncherConfig {
   readonly storageUrl: string;
   readonly modelUrl: string;
   readonly apiKey: string | undefined;
+  readonly secretsKey: string | undefined;
   readonly metricsPort: number;
   readonly verbose: boolean;
 }
@@ -60,8 +63,18 @@ export function loadConfig(env: NodeJS.ProcessEnv, args: readonly string[] = [])
     const name = String(issue.path[0]);
     throw new StartupError(`${name}=${env[name]} cannot be used: ${issue.message}.`);
   }
-  const { PORT, HOST, DATA_DIR, REDIS_URL, STORAGE_URL, MODEL_URL, API_KEY, METRICS_PORT, LOG_TO_STDOUT } =
-    parsed.data;
+  const {
+    PORT,
+    HOST,
+    DATA_DIR,
+    REDIS_URL,
+    STORAGE_URL,
+    MODEL_URL,
+    API_KEY,
+    SECRETS_KEY,
+    METRICS_PORT,
+    LOG_TO_STDOUT,
+  } = parsed.data;
   const dataDir = path.resolve(root, DATA_DIR);
   return {
     port: PORT,
@@ -72,6 +85,7 @@ export function loadConfig(env: NodeJS.ProcessEnv, args: readonly string[] = [])
     storageUrl: STORAGE_URL ?? pathToFileURL(path.join(dataDir, 'objects')).href,
     modelUrl: /^[a-z0-9]+:/i.test(MODEL_URL) ? MODEL_URL : path.resolve(root, MODEL_URL),
     apiKey: API_KEY,
+    secretsKey: SECRETS_KEY,
     metricsPort: METRICS_PORT,
     verbose: LOG_TO_STDOUT || args.length > 0,
   };

@@ -115,13 +115,21 @@ export function removeRunFile(dataDir: string): void {
   rmSync(path.join(dataDir, 'run.json'), { force: true });
 }
 
-/** The key made for this directory; the same on every start. */
+/** The key for callers that was made for this directory; the same on every start. */
 export function keptApiKey(dataDir: string): string {
-  const file = path.join(dataDir, 'api-key');
-  try {
-    writeFileSync(file, `${randomBytes(24).toString('base64url')}\n`, { mode: 0o600, flag: 'wx' });
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code !== 'EEXIST') throw error;
+  return kept(path.join(dataDir, 'api-key'), () => randomBytes(24).toString('base64url'));
+}
+
+/** The key that seals tenants' credentials: what Redis holds in this directory opens with no other. */
+export function keptSecretsKey(dataDir: string): string {
+  return kept(path.join(dataDir, 'secrets-key'), () => randomBytes(32).toString('base64'));
+}
+
+/** Written whole or not at all; the directory's lock keeps others from making another one meanwhile. */
+function kept(file: string, make: () => string): string {
+  if (!existsSync(file)) {
+    writeFileSync(`${file}.new`, `${make()}\n`, { mode: 0o600, flush: true });
+    renameSync(`${file}.new`, file);
   }
   return readFileSync(file, 'utf8').trim();
 }

@@ -9,6 +9,7 @@ import { StartupError } from '@acousticsense/shared/errors';
 import { type LauncherConfig, loadConfig } from './config.ts';
 import {
   keptApiKey,
+  keptSecretsKey,
   lockDataDirectory,
   prepareDataDirectory,
   type RunFile,
@@ -44,6 +45,7 @@ async function start(
   await loadBundle(config.modelUrl, { verifyFiles: false });
   const socket = config.redisUrl === undefined ? placeSocket(config.dataDir) : undefined;
   const redisUrl = config.redisUrl ?? socket!.url;
+  const secretsKey = config.secretsKey ?? keptSecretsKey(config.dataDir);
   const apiKey = config.apiKey ?? (config.loopback ? undefined : keptApiKey(config.dataDir));
 
   const run: RunFile = { launcher: process.pid, redisUrl, processes: {} };
@@ -95,6 +97,7 @@ async function start(
           REDIS_URL: redisUrl,
           STORAGE_URL: config.storageUrl,
           MODEL_URL: config.modelUrl,
+          SECRETS_KEY: secretsKey,
           METRICS_PORT: String(config.metricsPort === 0 ? 0 : config.metricsPort + index - 1),
           ...(apiKey === undefined ? {} : { API_KEY: apiKey }),
         },

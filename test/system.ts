@@ -13,6 +13,9 @@ import { startRedis, type TestRedis } from './redis.ts';
 
 const root = path.resolve(import.meta.dirname, '..');
 
+/** Seals the credentials of tests. */
+const testSecretsKey = Buffer.alloc(32, 'test').toString('base64');
+
 export type ServiceName = 'api' | 'decoder' | 'inference';
 
 export interface System extends AsyncDisposable {
@@ -61,6 +64,7 @@ export async function startSystem({
     DATA_DIR: directory,
     SCRATCH_DIR: scratch,
     METRICS_PORT: '0',
+    SECRETS_KEY: testSecretsKey,
     LOG_LEVEL: 'debug',
   };
 

@@ -16,6 +16,13 @@ export const commonVariables = {
   RESULT_RETENTION_DAYS: z.coerce.number().positive().default(30),
   /** About how many events a tenant's event stream keeps. */
   EVENTS_KEPT: z.coerce.number().int().min(1).default(100_000),
+  /**
+   * Seals what tenants trust the service with: 32 bytes in base64; of several, separated by commas, the first seals
+   * and all open. Without it no credentials are taken.
+   */
+  SECRETS_KEY: z.string().optional(),
+  /** Private targets that may be read from, separated by commas: host, host:port, CIDR. Never metadata services. */
+  EGRESS_ALLOW: z.string().default(''),
   LOG_LEVEL: z.enum(['trace', 'debug', 'info', 'warn', 'error', 'fatal']).default('info'),
   /** Seconds that running work may take after SIGTERM before it is given back. */
   DRAIN_SECONDS: z.coerce.number().positive().default(20),
@@ -47,9 +54,14 @@ export function readVariables<T extends z.ZodType>(schema: T, env: NodeJS.Proces
 const common = z.object(commonVariables);
 const worker = z.object(workerVariables);
 
-export function commonConfig(
-  read: z.infer<typeof common>,
-): BackendsConfig & { logLevel: string; drainSeconds: number } {
+interface CommonConfig {
+  readonly secretsKey: string | undefined;
+  readonly egressAllow: string;
+  readonly logLevel: string;
+  readonly drainSeconds: number;
+}
+
+export function commonConfig(read: z.infer<typeof common>): BackendsConfig & CommonConfig {
   return {
     redisUrl: read.REDIS_URL,
     storageUrl: read.STORAGE_URL ?? pathToFileURL(path.resolve(read.DATA_DIR, 'objects')).href,
@@ -57,6 +69,8 @@ export function commonConfig(
       resultSeconds: Math.ceil(read.RESULT_RETENTION_DAYS * 24 * 3_600),
       events: read.EVENTS_KEPT,
     },
+    secretsKey: read.SECRETS_KEY,
+    egressAllow: read.EGRESS_ALLOW,
     logLevel: read.LOG_LEVEL,
     drainSeconds: read.DRAIN_SECONDS,
   };

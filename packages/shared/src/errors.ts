@@ -51,6 +51,9 @@ const kinds = {
   quota_exceeded: { status: 429, title: 'A daily quota is used up', retryable: true },
   file_too_large: { status: 413, title: 'The file is larger than this service takes', retryable: false },
   wrong_content_type: { status: 415, title: 'The request has the wrong content type', retryable: false },
+  manifest_invalid: { status: 422, title: 'The manifest cannot be read', retryable: false },
+  manifest_too_large: { status: 413, title: 'The manifest is larger than this service takes', retryable: false },
+  mapping_invalid: { status: 422, title: 'The mapping to house genres cannot be used', retryable: false },
   // The audio
   empty_file: { status: 422, title: 'The file is empty', retryable: false },
   not_audio: { status: 422, title: 'The file is not audio that can be read', retryable: false },

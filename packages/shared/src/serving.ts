@@ -7,7 +7,7 @@ import type { Redis } from 'ioredis';
 import { z } from 'zod';
 import { accuracySchema, type Bundle, reliabilitySchema, windowSeconds } from './bundle.ts';
 import { windowChoiceSchema } from './job.ts';
-import { queueName } from './pipeline.ts';
+import { queueName, type StageName } from './pipeline.ts';
 import { withRedis } from './redis.ts';
 import type { Service } from './service.ts';
 
@@ -65,13 +65,22 @@ function describeModel({ manifest, digest, profileHash }: Bundle): ModelDescript
   };
 }
 
+/** The stage that each kind of worker runs. */
+export const stageOfWorker = {
+  fetch: 'fetch',
+  decoder: 'decode',
+  inference: 'inference',
+} as const satisfies Record<string, StageName>;
+type WorkerKind = keyof typeof stageOfWorker;
+
 export interface Announcement {
-  readonly kind: 'fetch' | 'decoder' | 'inference';
+  readonly kind: WorkerKind;
   /** The queue that this worker reads. */
   readonly queue: string;
   readonly workerId: string;
   /** When this worker began to serve (epoch ms): among several models, the newest roll-out is the default. */
   readonly since: number;
+  /** Empty, as the profile is, for a worker that serves every model. */
   readonly modelDigest: string;
   readonly profileHash: string;
   /** Queue jobs that this worker holds at a time: how much the feeder may put before it. */
@@ -83,7 +92,7 @@ export interface Announcement {
 }
 
 export interface WorkerFacts {
-  readonly kind: 'decoder' | 'inference';
+  readonly kind: WorkerKind;
   readonly concurrency: number;
   readonly candidate?: boolean;
 }
@@ -98,19 +107,20 @@ const goneAfterMs = 12_000;
  * Announces a worker until the service closes. While it is not ready or Redis is away it tries again soon, so that
  * a worker that has just become ready is known at once.
  *
+ * @param bundle undefined for a worker that serves every model.
  * @param ready what is told of it beyond its route; undefined while it is not ready: then it is not announced, and
  *   the API refuses what nobody would take.
  */
 export function announceWorker(
   service: Service,
   redis: Redis,
-  bundle: Bundle,
+  bundle: Bundle | undefined,
   { kind, concurrency, candidate = false }: WorkerFacts,
   ready: () => { provider?: string } | undefined,
 ): void {
-  const description = describeModel(bundle);
-  const route = { profileHash: bundle.profileHash, modelDigest: bundle.digest };
-  const queue = queueName(kind === 'decoder' ? 'decode' : 'inference', route);
+  const description = bundle && describeModel(bundle);
+  const route = { profileHash: bundle?.profileHash ?? '', modelDigest: bundle?.digest ?? '' };
+  const queue = queueName(stageOfWorker[kind], route);
   const workerId = `${hostname()}-${process.pid}`;
   const field = `${queue}/${workerId}`;
   const since = Date.now();
@@ -131,7 +141,7 @@ export function announceWorker(
       ...route,
       ...more,
     };
-    await redis.set(modelKey(description.digest), JSON.stringify(description));
+    if (description) await redis.set(modelKey(description.digest), JSON.stringify(description));
     await redis.hset(workersKey, field, JSON.stringify({ ...announcement, seen: Date.now() }));
     told = true;
     return true;

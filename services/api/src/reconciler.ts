@@ -14,7 +14,7 @@ import { firstState, type JobRecords, refOf } from '@acousticsense/shared/job-re
 import { hourPrefix, tensorPrefix } from '@acousticsense/shared/object-keys';
 import { isFinished, stageOf } from '@acousticsense/shared/pipeline';
 import type { Backlog, Queues } from '@acousticsense/shared/queues';
-import { liveWorkers } from '@acousticsense/shared/serving';
+import { liveWorkers, stageOfWorker } from '@acousticsense/shared/serving';
 import type { Storage } from '@acousticsense/shared/storage';
 import type { Redis } from 'ioredis';
 import type { Logger } from 'pino';
@@ -187,9 +187,7 @@ export function createReconciler(deps: ReconcilerDeps) {
   async function lookAtBacklogs(): Promise<void> {
     const routes = new Map((await liveWorkers(redis)).map((worker) => [worker.queue, worker]));
     backlogs = await Promise.all(
-      [...routes.values()].map((worker) =>
-        queues.backlog(worker.kind === 'decoder' ? 'decode' : 'inference', worker),
-      ),
+      [...routes.values()].map((worker) => queues.backlog(stageOfWorker[worker.kind], worker)),
     );
   }
 

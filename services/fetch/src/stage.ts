@@ -1,0 +1,48 @@
+/** The fetch stage: a URL -> an audio object in storage -> the job record. The decoder goes on from there. */
+import { audioKey } from '@acousticsense/shared/object-keys';
+import type { Queues } from '@acousticsense/shared/queues';
+import type { Stage, StageJob } from '@acousticsense/shared/stage';
+import type { Counter } from 'prom-client';
+import type { Download } from './download.ts';
+
+export interface FetchStageDeps {
+  readonly download: Download;
+  readonly queues: Pick<Queues, 'add'>;
+  readonly fetchedBytes: Pick<Counter, 'inc'>;
+}
+
+export function createFetchStage({ download, queues, fetchedBytes }: FetchStageDeps): Stage {
+  return {
+    async run(job, signal) {
+      const { record, log } = job;
+      const { audio } = record;
+      const begun = Date.now();
+      const fetchWait = Math.max(0, begun - record.createdAt);
+      // Audio that is stored already needs no fetching.
+      if (!('url' in audio)) await job.commit('queued', { timings: { fetchWait } });
+      else {
+        const key = audioKey(record);
+        const { size, sha256, etag } = await download(audio.url, key, signal, throttled(job));
+        fetchedBytes.inc(size);
+        const timings = { fetchWait, fetch: Date.now() - begun };
+        log.info({ host: new URL(audio.url).host, size, ms: timings.fetch }, 'fetched');
+        await job.commit('queued', { audio: { key, size, sha256, etag, filename: audio.filename }, timings });
+      }
+      await queues.add('decode', record);
+    },
+
+    async handOn({ record }) {
+      await queues.add('decode', record);
+    },
+  };
+}
+
+/** At most two signs of progress a second: each is a message to every API process. */
+function throttled(job: StageJob): (fraction: number) => void {
+  let last = Date.now();
+  return (fraction) => {
+    if (Date.now() - last < 500) return;
+    last = Date.now();
+    job.progress(fraction);
+  };
+}

@@ -54,14 +54,14 @@ export function readVariables<T extends z.ZodType>(schema: T, env: NodeJS.Proces
 const common = z.object(commonVariables);
 const worker = z.object(workerVariables);
 
-interface CommonConfig {
+export interface CommonConfig extends BackendsConfig {
   readonly secretsKey: string | undefined;
   readonly egressAllow: string;
   readonly logLevel: string;
   readonly drainSeconds: number;
 }
 
-export function commonConfig(read: z.infer<typeof common>): BackendsConfig & CommonConfig {
+export function commonConfig(read: z.infer<typeof common>): CommonConfig {
   return {
     redisUrl: read.REDIS_URL,
     storageUrl: read.STORAGE_URL ?? pathToFileURL(path.resolve(read.DATA_DIR, 'objects')).href,

@@ -263,9 +263,13 @@ test("a role assumed as the service has the tenant's own external id, never one 
   await assert.rejects(register(sources, 'd', { externalId: 'mine' }), problem('bad_option', 'externalId'));
 });
 
-test('after a rotation all credentials are sealed with the new key, and the old one can go', async () => {
+test('after a rotation all credentials that can be opened are sealed with the new key, and the old one can go', async () => {
   await register(open(), 'one', { credentials });
   await register(open(), 'public', { prefix: 'p/' });
+  await register(open('file:///objects', randomBytes(32).toString('base64')), 'lost', {
+    credentials,
+    prefix: 'l/',
+  });
   const next = randomBytes(32).toString('base64');
   const both = open('file:///objects', `${next},${secretsKey}`);
   assert.equal(await both.reseal(), 1);

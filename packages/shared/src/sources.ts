@@ -11,7 +11,7 @@ import type { Redis } from 'ioredis';
 import { z } from 'zod';
 import { ProblemError } from './errors.ts';
 import { withRedis } from './redis.ts';
-import type { SecretPlace, Secrets } from './secrets.ts';
+import { type SecretPlace, type Secrets, SecretUnreadable } from './secrets.ts';
 
 export const sourceNameSchema = z
   .string()
@@ -173,6 +173,17 @@ export function createSources({ redis, secrets, storageUrl }: SourcesOptions): S
       leavesItsPrefix(key) ? undefined : byBucket.get(bucket)?.find(({ prefix }) => key.startsWith(prefix));
   }
 
+  /** @returns undefined for what no key of this process opens: its tenant must register it again. */
+  function sealedAnew({ tenant, name, sealed }: { tenant: string; name: string; sealed: string }) {
+    const place = credentialsPlace({ tenant, name });
+    try {
+      return secrets.seal(secrets.open(sealed, place), place);
+    } catch (error) {
+      if (error instanceof SecretUnreadable) return undefined;
+      throw error;
+    }
+  }
+
   return {
     async prepare(tenant, name, { credentials, endpoint: given, ...definition }) {
       const endpoint = given === undefined ? undefined : parseEndpoint(given);
@@ -252,8 +263,8 @@ export function createSources({ redis, secrets, storageUrl }: SourcesOptions): S
         for (const [name, json] of Object.entries(hash)) {
           const source = storedSchema.loose().parse(JSON.parse(json));
           if (source.sealed === undefined || secrets.isCurrent(source.sealed)) continue;
-          const place = credentialsPlace({ tenant, name });
-          const sealed = secrets.seal(secrets.open(source.sealed, place), place);
+          const sealed = sealedAnew({ tenant, name, sealed: source.sealed });
+          if (sealed === undefined) continue;
           const next = JSON.stringify({ ...source, sealed });
           // Only in the place of what was read: the tenant may have registered another meanwhile.
           await withRedis(() => redis.eval(replaceUnchanged, 1, keys.sources(tenant), name, json, next));

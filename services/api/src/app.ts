@@ -5,6 +5,8 @@ import { InfrastructureFault, ProblemError, toProblemJson } from '@acousticsense
 import { spectrogramKey } from '@acousticsense/shared/object-keys';
 import { isFinished } from '@acousticsense/shared/pipeline';
 import type { Service } from '@acousticsense/shared/service';
+import type { SourceReader } from '@acousticsense/shared/source-reader';
+import type { Sources } from '@acousticsense/shared/sources';
 import { ObjectNotFound, type Storage } from '@acousticsense/shared/storage';
 import { parseNpy } from '@acousticsense/shared/tensor';
 import express, { type ErrorRequestHandler, type Express, type Request, type Response } from 'express';
@@ -18,6 +20,7 @@ import { type Jobs, parseOptions } from './jobs.ts';
 import { openApiDocument } from './openapi.ts';
 import { topGenres } from './presentation.ts';
 import { type ModelResource, type Prediction, spectrogramQuerySchema } from './schemas.ts';
+import { createSourceRoutes } from './source-routes.ts';
 import { drawSpectrogram, side } from './spectrogram.ts';
 
 export interface AppDeps {
@@ -26,6 +29,8 @@ export interface AppDeps {
   readonly jobs: Jobs;
   readonly changes: Changes;
   readonly storage: Storage;
+  readonly sources: Sources;
+  readonly sourceReader: SourceReader;
 }
 
 /** How long a client may go on sending an upload that was refused. */
@@ -34,7 +39,8 @@ const lingerMs = 10_000;
 /** One tenant until tenants have keys of their own; every key and object is laid out for many. */
 const tenant = 'default';
 
-export function createApp({ service, config, jobs, changes, storage }: AppDeps): Express {
+export function createApp(deps: AppDeps): Express {
+  const { service, config, jobs, changes, storage, sources, sourceReader } = deps;
   const app = express();
   app.disable('x-powered-by');
   app.disable('etag');
@@ -130,6 +136,7 @@ export function createApp({ service, config, jobs, changes, storage }: AppDeps):
       mel_spectrogram_url: `${request.protocol}://${request.headers.host}${job.links.spectrogram}`,
     } satisfies Prediction);
   });
+  app.use(createSourceRoutes({ sources, reader: sourceReader, tenantOf: () => tenant }));
   app.get('/openapi.json', (_request, response) => {
     response.json(openApiDocument());
   });
@@ -255,7 +262,7 @@ function measureRequests(service: Service): express.RequestHandler {
 }
 
 /** Every error leaves as problem+json; what is not a caller's problem is logged and told without its insides. */
-function answerProblem(service: Service): ErrorRequestHandler {
+export function answerProblem(service: Pick<Service, 'log'>): ErrorRequestHandler {
   return (error: unknown, request, response, _next) => {
     const problem = toProblem(error);
     if (problem.status >= 500) service.log.error({ err: error, path: request.path }, 'request failed');

@@ -1,6 +1,10 @@
 import path from 'node:path';
-import type { BackendsConfig } from '@acousticsense/shared/backends';
-import { commonConfig, commonVariables, readVariables } from '@acousticsense/shared/common-config';
+import {
+  type CommonConfig,
+  commonConfig,
+  commonVariables,
+  readVariables,
+} from '@acousticsense/shared/common-config';
 import { StartupError } from '@acousticsense/shared/errors';
 import type { ServiceConfig } from '@acousticsense/shared/service';
 import { z } from 'zod';
@@ -42,7 +46,7 @@ const schema = z.object({
   RECONCILE_AFTER_SECONDS: z.coerce.number().positive().default(60),
 });
 
-export interface ApiConfig extends ServiceConfig, BackendsConfig {
+export interface ApiConfig extends ServiceConfig, CommonConfig {
   readonly port: number;
   readonly host: string;
   readonly allowedHosts: readonly string[];

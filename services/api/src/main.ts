@@ -1,5 +1,6 @@
 import { createServer } from 'node:http';
 import type { AddressInfo } from 'node:net';
+import { openSources } from '@acousticsense/egress/open-sources';
 import { openBackends } from '@acousticsense/shared/backends';
 import { StartupError } from '@acousticsense/shared/errors';
 import { type Service, startService } from '@acousticsense/shared/service';
@@ -30,7 +31,17 @@ async function wire(service: Service): Promise<void> {
     await jobs.servedModel();
   });
 
-  const server = createServer(createApp({ service, config, jobs, changes, storage }));
+  const { sources, sourceReader } = openSources(service, backends, config);
+  redis.once('ready', () => {
+    sources.reseal().then(
+      (resealed) =>
+        resealed > 0 && log.info({ resealed }, 'credentials of sources sealed with the current key'),
+      (error) => log.warn({ err: error }, 'credentials of sources are not sealed with the current key yet'),
+    );
+  });
+
+  const app = createApp({ service, config, jobs, changes, storage, sources, sourceReader });
+  const server = createServer(app);
   // An upload may take as long as it moves: idle time is limited, the whole is not.
   server.requestTimeout = 0;
   server.headersTimeout = 30_000;

@@ -1,7 +1,9 @@
 /** /openapi.json, generated from the schemas that validate. */
 import { explanationSchema, vectorsSchema } from '@acousticsense/shared/job';
+import { sourceDefinitionSchema, sourceSchema } from '@acousticsense/shared/sources';
 import { z } from 'zod';
 import { jobOptionsSchema, jobSchema, modelSchema, predictionSchema, problemSchema } from './schemas.ts';
+import { registeredSourceSchema, sourceListSchema } from './source-routes.ts';
 
 const ref = (name: string) => ({ $ref: `#/components/schemas/${name}` });
 const json = (name: string, description: string) => ({
@@ -155,6 +157,60 @@ function describeApi() {
           responses: { 200: json('Model', 'The model.'), 503: problem('None is served.') },
         },
       },
+      '/v1/sources': {
+        get: {
+          operationId: 'listSources',
+          summary: 'The source buckets that are registered, without their secrets.',
+          responses: { 200: json('SourceList', 'By name.') },
+        },
+      },
+      '/v1/sources/{name}': {
+        parameters: [
+          {
+            name: 'name',
+            in: 'path',
+            required: true,
+            schema: { type: 'string', pattern: '^[a-z0-9][a-z0-9-]{0,62}$' },
+          },
+        ],
+        get: {
+          operationId: 'getSource',
+          summary: 'Read a source bucket, without its secrets.',
+          responses: { 200: json('Source', 'The source.'), 404: problem('No such source.') },
+        },
+        put: {
+          operationId: 'putSource',
+          summary: 'Register a bucket whose objects are read in place, or replace all of one.',
+          parameters: [
+            {
+              name: 'verify',
+              in: 'query',
+              description: 'list one object first, and register nothing when that fails',
+              schema: { type: 'boolean', default: true },
+            },
+          ],
+          requestBody: {
+            required: true,
+            content: { 'application/json': { schema: ref('SourceDefinition') } },
+          },
+          responses: {
+            200: json('RegisteredSource', 'Replaced.'),
+            201: json('RegisteredSource', 'Registered.'),
+            400: problem('The definition cannot be used.'),
+            403: problem("The service's own bucket, or an endpoint at a private address."),
+            409: problem('Too many sources.'),
+            415: problem('Not JSON.'),
+            422: problem('The source refused to be listed, or has no such bucket.'),
+            501: problem('This service keeps no credentials.'),
+            502: problem('The source does not answer.'),
+          },
+        },
+        delete: {
+          operationId: 'deleteSource',
+          summary: 'Remove a source; rows that name its objects fail from now on.',
+          responses: { 204: { description: 'Removed.' }, 404: problem('No such source.') },
+        },
+      },
       '/api/predict/': {
         post: {
           operationId: 'predict',
@@ -179,6 +235,10 @@ function describeApi() {
         Explanation: schemaOf(explanationSchema),
         Vectors: schemaOf(vectorsSchema),
         Prediction: schemaOf(predictionSchema),
+        Source: schemaOf(sourceSchema),
+        SourceList: schemaOf(sourceListSchema),
+        SourceDefinition: schemaOf(sourceDefinitionSchema, 'input'),
+        RegisteredSource: schemaOf(registeredSourceSchema),
         Problem: schemaOf(problemSchema),
       },
     },

@@ -146,18 +146,16 @@ for (const [name, storage] of [
 
     test('an endless body is cut at the limit and leaves no object', async () => {
       let sent = 0;
-      let cut = 0;
+      const cut = Promise.withResolvers<void>();
       const { origin } = await web(async (_, response) => {
-        response.on('close', () => {
-          cut += 1;
-        });
+        response.on('close', cut.resolve);
         while (!response.destroyed) {
           sent += sound.length;
           if (!response.write(sound)) await sleep(1);
         }
       });
       await failsWith('file_too_large', `${origin}/endless`, { storage });
-      assert.equal(cut, 1);
+      await cut.promise;
       assert.ok(sent < 20_000_000, `${sent} bytes`);
     });
 
@@ -369,7 +367,7 @@ describe('the size', () => {
     });
     const from = performance.now();
     await failsWith('file_too_large', `${origin}/`);
-    assert.ok(performance.now() - from < 1_000);
+    assert.ok(performance.now() - from < 3_000);
     assert.equal(requests.length, 1);
   });
 

@@ -1,4 +1,5 @@
 /** The fetch stage: a URL -> an audio object in storage -> the job record. The decoder goes on from there. */
+import { EgressRefused } from '@acousticsense/egress/guard';
 import { audioKey } from '@acousticsense/shared/object-keys';
 import type { Queues } from '@acousticsense/shared/queues';
 import type { Stage, StageJob } from '@acousticsense/shared/stage';
@@ -22,7 +23,12 @@ export function createFetchStage({ download, queues, fetchedBytes }: FetchStageD
       if (!('url' in audio)) await job.commit('queued', { timings: { fetchWait } });
       else {
         const key = audioKey(record);
-        const { size, sha256, etag } = await download(audio.url, key, signal, throttled(job));
+        const { size, sha256, etag } = await download(audio.url, key, signal, throttled(job)).catch(
+          (error) => {
+            logRefusal(error, log);
+            throw error;
+          },
+        );
         fetchedBytes.inc(size);
         const timings = { fetchWait, fetch: Date.now() - begun };
         log.info({ host: new URL(audio.url).host, size, ms: timings.fetch }, 'fetched');
@@ -35,6 +41,13 @@ export function createFetchStage({ download, queues, fetchedBytes }: FetchStageD
       await queues.add('decode', record);
     },
   };
+}
+
+/** Where a name leads inside the operator's network is for the operator alone. */
+function logRefusal(error: Error, log: StageJob['log']): void {
+  if (!(error.cause instanceof EgressRefused)) return;
+  const { host, address, reason } = error.cause;
+  log.warn({ host, address, reason }, 'connection refused: EGRESS_ALLOW does not open it');
 }
 
 /** At most two signs of progress a second: each is a message to every API process. */

@@ -7,7 +7,7 @@ import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { Readable } from 'node:stream';
 import { after, beforeEach, describe, test } from 'node:test';
-import { createEgressGuard } from '@acousticsense/egress/guard';
+import { setTimeout as sleep } from 'node:timers/promises';
 import {
   CreateBucketCommand,
   DeleteObjectCommand,
@@ -18,6 +18,7 @@ import {
 import { Upload } from '@aws-sdk/lib-storage';
 import { Registry } from 'prom-client';
 import { startS3, testCredentials } from '../../../test/s3.ts';
+import { createEgressGuard } from '../../egress/src/guard.ts';
 import { ProblemError } from './errors.ts';
 import { createSecrets } from './secrets.ts';
 import { createSourceReader, type SourceLimits } from './source-reader.ts';
@@ -617,6 +618,74 @@ describe('who reads', () => {
       (error) =>
         problem('source_unavailable', /ECONNREFUSED/)(error) && !/127\.0/.test((error as Error).message),
     );
+  });
+});
+
+describe('a source that does not answer', () => {
+  const dead = { ...quick, tries: 3, restMs: 200 };
+
+  test('is not asked for some time, so that its jobs hold no worker in vain', async () => {
+    proxy.intervene = (_request, response) => {
+      response.socket!.destroy();
+      return true;
+    };
+    const { reader } = openReader({ limits: dead });
+    const from = await source();
+    const ask = () => assert.rejects(reader.head(from, 'x'), problem('source_unavailable'));
+    await ask();
+    await ask();
+    assert.equal(proxy.seen.length, 6, 'twice with all tries');
+    await assert.rejects(
+      reader.head(from, 'x'),
+      (error) =>
+        problem('source_unavailable', /for some time/)(error) &&
+        (error as ProblemError).details.retryAfter === 1,
+    );
+    assert.equal(proxy.seen.length, 6, 'not at all');
+    await sleep(250);
+    await ask();
+    assert.equal(proxy.seen.length, 7, 'once, to see whether it is back');
+    await assert.rejects(reader.head(from, 'x'), problem('source_unavailable', /for some time/));
+    assert.equal(proxy.seen.length, 7);
+  });
+
+  test('is read at once when it is back, and other sources all the while', async () => {
+    await put('back', Buffer.from('x'));
+    const { reader } = openReader({ limits: dead });
+    const gone = await source({ endpoint: 'http://127.0.0.1:9' });
+    for (let n = 0; n < 4; n += 1) {
+      await assert.rejects(reader.head(gone, 'x'), problem('source_unavailable'));
+      assert.equal((await reader.head(await source(), 'back')).size, 1);
+    }
+    let away = true;
+    proxy.intervene = (_request, response) => {
+      if (away) response.socket!.destroy();
+      return away;
+    };
+    const from = await source();
+    for (let n = 0; n < 2; n += 1)
+      await assert.rejects(reader.head(from, 'back'), problem('source_unavailable'));
+    away = false;
+    await sleep(250);
+    assert.equal((await reader.head(from, 'back')).size, 1);
+    proxy.reset();
+    assert.equal((await reader.head(from, 'back')).size, 1);
+  });
+
+  test('is not one that answers with faults: those are waited out every time', async () => {
+    proxy.intervene = (_request, response) => {
+      response.writeHead(503).end('<Error><Code>SlowDown</Code></Error>');
+      return true;
+    };
+    const { reader } = openReader({ limits: dead });
+    const from = await source();
+    for (let n = 0; n < 4; n += 1) {
+      await assert.rejects(
+        reader.download(from, { key: 'x' }, file, options),
+        problem('source_unavailable', /SlowDown/),
+      );
+    }
+    assert.equal(proxy.seen.length, 12);
   });
 });
 

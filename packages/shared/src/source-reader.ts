@@ -98,6 +98,8 @@ export interface SourceLimits {
   readonly stallMs: number;
   /** One request, or one range, from beginning to end: an endpoint that drips holds a worker no longer. */
   readonly requestMs: number;
+  /** How long a source that gave no answer at all is not asked again. */
+  readonly restMs: number;
 }
 
 const defaults: SourceLimits = {
@@ -106,15 +108,18 @@ const defaults: SourceLimits = {
   backoffMs: 250,
   stallMs: 20_000,
   requestMs: 120_000,
+  restMs: 30_000,
 };
 const connectMs = 10_000;
 /** A page of 1,000 keys of 1,024 bytes, percent-encoded, with room. */
 const maxAnswerBytes = 8 << 20;
-const maxClients = 100;
+const maxLines = 100;
+/** A source that never answered this often is asked less: its jobs must not hold the places of others' in vain. */
+const maxSilences = 2;
 const pageSize = 1_000;
 
 export function createSourceReader({ guard, secrets, registry, limits }: SourceReaderOptions): SourceReader {
-  const { rangeBytes, tries, backoffMs, stallMs, requestMs } = { ...defaults, ...limits };
+  const { rangeBytes, tries, backoffMs, stallMs, requestMs, restMs } = { ...defaults, ...limits };
   const reads = new Counter({
     name: 'acousticsense_source_reads_total',
     help: 'Requests to source buckets: GET (one a range), HEAD, LIST; retries included.',
@@ -125,29 +130,38 @@ export function createSourceReader({ guard, secrets, registry, limits }: SourceR
   for (const operation of ['GET', 'HEAD', 'LIST']) reads.inc({ operation }, 0);
 
   const http = new NodeHttpHandler({ ...guard, connectionTimeout: connectMs });
-  const s3Handler = boundedHandler(http, (operation) => reads.inc({ operation }));
-  const stsHandler = boundedHandler(http);
 
-  /** Least recently used first. A client holds no connections: those are the guard's. */
-  const clients = new Map<string, S3Client>();
+  /** Least recently used first. A line holds no connections: those are the guard's. */
+  const lines = new Map<string, Line>();
 
-  function clientOf(source: Source): S3Client {
+  function lineOf(source: Source): Line {
     const key = `${source.tenant}/${source.name}/${source.revision}`;
-    const client = clients.get(key) ?? new S3Client(configOf(source));
-    clients.delete(key);
-    clients.set(key, client);
-    if (clients.size > maxClients) clients.delete(clients.keys().next().value!);
-    return client;
+    const line = lines.get(key) ?? openLine(source);
+    lines.delete(key);
+    lines.set(key, line);
+    if (lines.size > maxLines) lines.delete(lines.keys().next().value!);
+    return line;
   }
 
-  function configOf(source: Source): S3ClientConfig {
+  function openLine(source: Source): Line {
+    const handler = boundedHandler(http, {
+      asked: (operation) => reads.inc({ operation }),
+      answered() {
+        line.silences = 0;
+      },
+    });
+    const line: Line = { client: new S3Client(configOf(source, handler)), silences: 0, silentUntil: 0 };
+    return line;
+  }
+
+  function configOf(source: Source, requestHandler: Handler): S3ClientConfig {
     return {
       ...accessOf(source),
       // Always given: the variables that lead the service to its own storage must not lead a tenant there.
       endpoint: source.endpoint ?? awsEndpoint(source.region),
       forcePathStyle: source.pathStyle,
       region: source.region,
-      requestHandler: s3Handler,
+      requestHandler,
       // A retry of the SDK's knows nothing of bodies: all retries are made here.
       maxAttempts: 1,
       retryMode: 'standard',
@@ -197,7 +211,7 @@ export function createSourceReader({ guard, secrets, registry, limits }: SourceR
         RoleSessionName: `acousticsense-${source.tenant}`.slice(0, 64),
         ...(source.externalId === undefined ? {} : { ExternalId: source.externalId }),
       },
-      clientConfig: { region: source.region, requestHandler: stsHandler, maxAttempts: 2 },
+      clientConfig: { region: source.region, requestHandler: boundedHandler(http), maxAttempts: 2 },
     });
     return async (properties?: Parameters<typeof assume>[0]) => {
       try {
@@ -220,18 +234,37 @@ export function createSourceReader({ guard, secrets, registry, limits }: SourceR
   ): Promise<T> {
     for (let attempt = 1; ; attempt += 1) {
       signal?.throwIfAborted();
+      const line = callable(source, what);
       using watch = startWatch(stallMs, requestMs, signal);
       try {
-        return await operation(clientOf(source), watch);
+        return await operation(line.client, watch);
       } catch (error) {
         if (signal?.aborted) throw signal.reason;
         if (error instanceof LocalFault) throw error.cause;
         const problem = toProblem(watch.abortSignal.aborted ? watch.abortSignal.reason : error, source, what);
-        if (problem.code !== 'source_unavailable' || attempt === tries) throw problem;
+        if (problem.code !== 'source_unavailable') throw problem;
+        if (attempt >= tries || line.silences >= maxSilences) {
+          noteSilence(line);
+          throw problem;
+        }
       }
       const delay = backoffMs * 2 ** (attempt - 1) * (0.5 + Math.random());
       await sleep(delay, undefined, signal ? { signal } : {}).catch(() => signal?.throwIfAborted());
     }
+  }
+
+  /** @throws {ProblemError} source_unavailable, at once: the source gave no answer a moment ago. */
+  function callable(source: Source, what: string): Line {
+    const line = lineOf(source);
+    const restSeconds = Math.ceil((line.silentUntil - Date.now()) / 1_000);
+    if (line.silences < maxSilences || restSeconds <= 0) return line;
+    throw unavailable(source, `${what}: it has not answered for some time`, undefined, restSeconds);
+  }
+
+  /** Of a source that answers anything the silences are reset, so this counts those that said nothing at all. */
+  function noteSilence(line: Line): void {
+    line.silences += 1;
+    line.silentUntil = Date.now() + restMs;
   }
 
   async function head(
@@ -375,12 +408,27 @@ export function createSourceReader({ guard, secrets, registry, limits }: SourceR
   return { head, list, check, download };
 }
 
-/** Counts what is asked, and cuts every answer but an object's bytes: a tenant's server could send without an end. */
-function boundedHandler(inner: NodeHttpHandler, count?: (operation: string) => void) {
+/** What is known of a source while it is used. */
+interface Line {
+  readonly client: S3Client;
+  /** Calls in a row that were given up without any answer. */
+  silences: number;
+  /** Epoch milliseconds. */
+  silentUntil: number;
+}
+
+type Handler = ReturnType<typeof boundedHandler>;
+
+/** Tells of requests and answers, and cuts every answer but an object's bytes: a tenant's server could send for ever. */
+function boundedHandler(
+  inner: NodeHttpHandler,
+  tell?: { asked: (operation: string) => void; answered: () => void },
+) {
   const handle: NodeHttpHandler['handle'] = async (request, options) => {
     const operation = 'list-type' in request.query ? 'LIST' : request.method;
-    count?.(operation);
+    tell?.asked(operation);
     const { response } = await inner.handle(request, options);
+    tell?.answered();
     if (operation === 'GET' && response.statusCode < 300) return { response };
     let bytes = 0;
     const bound = new Transform({
@@ -397,7 +445,7 @@ function boundedHandler(inner: NodeHttpHandler, count?: (operation: string) => v
   return {
     metadata: inner.metadata,
     handle,
-    // One handler serves all clients: none of them may end or change it.
+    // The handler inside serves all clients: none of them may end or change it.
     destroy() {},
     updateHttpClientConfig() {},
     httpHandlerConfigs: () => inner.httpHandlerConfigs(),
@@ -562,11 +610,11 @@ function toProblem(error: unknown, source: Source, what: string): ProblemError {
   return problem('source_forbidden', `${what} may not be read: the source answered ${status} (${said}).`);
 }
 
-function unavailable(source: Source, what: string, cause?: unknown): ProblemError {
+function unavailable(source: Source, what: string, cause?: unknown, retryAfter = 30): ProblemError {
   return new ProblemError(
     'source_unavailable',
     `The source "${source.name}" cannot be read at present (${what}).`,
-    { retryAfter: 30 },
+    { retryAfter },
     cause,
   );
 }

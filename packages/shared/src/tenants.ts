@@ -11,13 +11,11 @@ import { createHash, randomBytes } from 'node:crypto';
 import type { Redis } from 'ioredis';
 import { z } from 'zod';
 import { ProblemError } from './errors.ts';
+import { tenantNameSchema } from './pipeline.ts';
 import { withRedis } from './redis.ts';
 
 /** The tenant of the operator's own key, and of callers on the same machine where no key is asked for. Always there. */
 export const defaultTenant = 'default';
-
-/** As in every queue payload (pipeline.ts): it is part of Redis keys and of object keys. */
-export const tenantNameSchema = z.string().regex(/^[a-z0-9][a-z0-9-]{0,62}$/);
 
 const limit = z.int().min(0).max(1e15);
 

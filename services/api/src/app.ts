@@ -2,21 +2,25 @@
 import { once } from 'node:events';
 import path from 'node:path';
 import { InfrastructureFault, ProblemError, toProblemJson } from '@acousticsense/shared/errors';
+import type { JobRecord } from '@acousticsense/shared/job';
 import { spectrogramKey } from '@acousticsense/shared/object-keys';
 import { isFinished } from '@acousticsense/shared/pipeline';
 import type { Service } from '@acousticsense/shared/service';
 import type { SourceReader } from '@acousticsense/shared/source-reader';
 import type { Sources } from '@acousticsense/shared/sources';
 import { ObjectNotFound, type Storage } from '@acousticsense/shared/storage';
+import type { Tenants } from '@acousticsense/shared/tenants';
 import { parseNpy } from '@acousticsense/shared/tensor';
 import express, { type ErrorRequestHandler, type Express, type Request, type Response } from 'express';
 import helmet from 'helmet';
 import { Histogram } from 'prom-client';
-import { guardAccess } from './access.ts';
+import { guardAccess, tenantOf } from './access.ts';
 import type { Changes } from './changes.ts';
 import type { ApiConfig } from './config.ts';
 import { extras, readExtra } from './extras.ts';
+import type { Idempotency } from './idempotency.ts';
 import { type Jobs, parseOptions } from './jobs.ts';
+import { type Limits, limitRequests } from './limits.ts';
 import { openApiDocument } from './openapi.ts';
 import { topGenres } from './presentation.ts';
 import { type ModelResource, type Prediction, spectrogramQuerySchema } from './schemas.ts';
@@ -29,6 +33,9 @@ export interface AppDeps {
   readonly jobs: Jobs;
   readonly changes: Changes;
   readonly storage: Storage;
+  readonly tenants: Tenants;
+  readonly limits: Limits;
+  readonly idempotency: Idempotency;
   readonly sources: Sources;
   readonly sourceReader: SourceReader;
 }
@@ -36,43 +43,54 @@ export interface AppDeps {
 /** How long a client may go on sending an upload that was refused. */
 const lingerMs = 10_000;
 
-/** One tenant until tenants have keys of their own; every key and object is laid out for many. */
-const tenant = 'default';
-
 export function createApp(deps: AppDeps): Express {
   const { service, config, jobs, changes, storage, sources, sourceReader } = deps;
+  const { tenants, limits, idempotency } = deps;
   const app = express();
   app.disable('x-powered-by');
   app.disable('etag');
   app.set('query parser', 'simple');
   app.use(measureRequests(service));
   app.use(securityHeaders);
-  app.use(guardAccess(config));
+  app.use(guardAccess(config, tenants));
   app.use(async (request, response, next) => {
     if (!(await service.handleHealth(request, response))) next();
   });
+  app.use(limitRequests(limits));
 
   app.post('/v1/jobs', async (request, response) => {
-    const record = await jobs.accept(request, tenant, 'file');
-    const job = await jobs.present(record);
-    response.status(202).location(job.links.self).json(job);
+    const tenant = tenantOf(response);
+    const accepted = async (record: JobRecord) => {
+      const job = await jobs.present(record);
+      return { status: 202, headers: { location: job.links.self }, body: job };
+    };
+    await idempotency.answer(request, response, {
+      tenant,
+      route: 'POST /v1/jobs',
+      read: () => jobs.fingerprint(request, 'file'),
+      recall: async (id) => {
+        const record = await jobs.find(tenant, id);
+        return record && accepted(record);
+      },
+      make: async (bind) => accepted(await jobs.accept(request, tenant, 'file', bind)),
+    });
   });
   app.get('/v1/jobs/:id', async (request, response) => {
-    const record = await jobs.get(tenant, request.params.id);
+    const record = await jobs.get(tenantOf(response), request.params.id);
     response.set('cache-control', 'no-store').json(await jobs.present(record));
   });
   app.delete('/v1/jobs/:id', async (request, response) => {
-    const cancelled = await jobs.cancelOrDelete(tenant, request.params.id);
+    const cancelled = await jobs.cancelOrDelete(tenantOf(response), request.params.id);
     if (cancelled) response.json(await jobs.present(cancelled));
     else response.status(204).end();
   });
   app.get('/v1/jobs/:id/events', async (request, response) => {
-    await jobs.get(tenant, request.params.id);
+    await jobs.get(tenantOf(response), request.params.id);
     await streamEvents(request, response, request.params.id);
   });
   app.get('/v1/jobs/:id/spectrogram.png', async (request, response) => {
     const { scale } = parseOptions(spectrogramQuerySchema, request.query);
-    const record = await jobs.get(tenant, request.params.id);
+    const record = await jobs.get(tenantOf(response), request.params.id);
     if (!record.decoded) {
       if (!isFinished(record.state)) {
         throw new ProblemError(
@@ -100,7 +118,7 @@ export function createApp(deps: AppDeps): Express {
   });
   for (const extra of extras) {
     app.get(`/v1/jobs/:id/${extra}`, async (request, response) => {
-      const json = await readExtra(storage, await jobs.get(tenant, request.params.id), extra);
+      const json = await readExtra(storage, await jobs.get(tenantOf(response), request.params.id), extra);
       response
         .set('content-type', 'application/json')
         .set('cache-control', 'private, max-age=3600')
@@ -120,6 +138,7 @@ export function createApp(deps: AppDeps): Express {
     } satisfies ModelResource);
   });
   app.post(['/api/predict', '/api/predict/'], async (request, response) => {
+    const tenant = tenantOf(response);
     const accepted = await jobs.accept(request, tenant, 'data');
     const gone = new AbortController();
     response.on('close', () => gone.abort());
@@ -136,7 +155,7 @@ export function createApp(deps: AppDeps): Express {
       mel_spectrogram_url: `${request.protocol}://${request.headers.host}${job.links.spectrogram}`,
     } satisfies Prediction);
   });
-  app.use(createSourceRoutes({ sources, reader: sourceReader, tenantOf: () => tenant }));
+  app.use(createSourceRoutes({ sources, reader: sourceReader, tenantOf }));
   app.get('/openapi.json', (_request, response) => {
     response.json(openApiDocument());
   });
@@ -191,7 +210,7 @@ export function createApp(deps: AppDeps): Express {
     const seen = Number(request.headers['last-event-id'] ?? 0) || 0;
     const signal = AbortSignal.any([gone.signal, service.closing]);
     try {
-      for await (const change of changes.follow(tenant, id, signal)) {
+      for await (const change of changes.follow(tenantOf(response), id, signal)) {
         // A client that reads slowly is told less often, so that what it has not read does not pile up here.
         if (response.writableNeedDrain) await once(response, 'drain', { signal });
         if (change === 'heartbeat') response.write(': heartbeat\n\n');

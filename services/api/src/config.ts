@@ -34,6 +34,12 @@ const schema = z.object({
     .default(4 * 3_600),
   /** How many unfinished jobs a tenant may have before further ones are refused. */
   MAX_OPEN_JOBS: z.coerce.number().int().positive().default(10_000),
+  /** How many requests a tenant may send in a minute; 0: any number. */
+  REQUESTS_PER_MINUTE: z.coerce.number().int().min(0).default(0),
+  /** How many jobs and rows of batches are accepted of a tenant in a day; 0: any number. */
+  ROWS_PER_DAY: z.coerce.number().int().min(0).default(0),
+  /** How many bytes a tenant may upload in a day; 0: any number. */
+  BYTES_PER_DAY: z.coerce.number().int().min(0).default(0),
   /** How long POST /api/predict/ waits for the result. */
   PREDICT_TIMEOUT_SECONDS: z.coerce.number().positive().default(120),
   /** How long an uploaded file is kept after it came. */
@@ -55,6 +61,9 @@ export interface ApiConfig extends ServiceConfig, CommonConfig {
   readonly maxUploadBytes: number;
   readonly maxDurationSeconds: number;
   readonly maxOpenJobs: number;
+  readonly requestsPerMinute: number;
+  readonly rowsPerDay: number;
+  readonly bytesPerDay: number;
   readonly predictTimeoutMs: number;
   readonly audioRetentionMs: number;
   readonly resultRetentionMs: number;
@@ -85,6 +94,9 @@ export function loadConfig(env: NodeJS.ProcessEnv): ApiConfig {
     maxUploadBytes: read.MAX_UPLOAD_BYTES,
     maxDurationSeconds: read.MAX_DURATION_SECONDS,
     maxOpenJobs: read.MAX_OPEN_JOBS,
+    requestsPerMinute: read.REQUESTS_PER_MINUTE,
+    rowsPerDay: read.ROWS_PER_DAY,
+    bytesPerDay: read.BYTES_PER_DAY,
     predictTimeoutMs: read.PREDICT_TIMEOUT_SECONDS * 1_000,
     audioRetentionMs: read.AUDIO_RETENTION_HOURS * hour,
     resultRetentionMs: read.RESULT_RETENTION_DAYS * 24 * hour,

@@ -153,10 +153,8 @@ export function createIdempotency(redis: Redis, log: Logger, leaseMs = 10_000): 
         ),
       ).catch((error) => log.warn({ err: error }, 'Idempotency-Key could not be settled'));
 
-    const renewal = setInterval(
-      () => void scripted.idempotencyRenew(...keys, owner, leaseMs).catch(() => {}),
-      leaseMs / 3,
-    );
+    const renew = () => void scripted.idempotencyRenew(...keys, owner, leaseMs).catch(() => {});
+    const renewal = setInterval(renew, leaseMs / 3);
     try {
       const answer = await work.make(bind);
       // Its end is waited for, so that whoever has the answer finds it kept. It is given even if it could not be.

@@ -14,10 +14,12 @@ import { audioKey, explanationKey, spectrogramKey, vectorsKey } from '@acoustics
 import { openStorage } from '@acousticsense/shared/open-storage';
 import { createQueues } from '@acousticsense/shared/queues';
 import { connectRedis } from '@acousticsense/shared/redis';
+import { createTenants } from '@acousticsense/shared/tenants';
 import { pino } from 'pino';
 import { startRedis, type TestRedis } from '../../../test/redis.ts';
 import { createChanges } from './changes.ts';
 import { createJobs, type JobsDeps } from './jobs.ts';
+import { createLimits } from './limits.ts';
 
 const digest = 'd'.repeat(64);
 /** As releases wrote it that knew neither default windows nor explanations. */
@@ -62,8 +64,11 @@ async function acceptJobs(
     queues: add ? { ...queues, add } : queues,
     changes: createChanges(subscriber, records),
     log: pino({ level: 'silent' }),
+    limits: createLimits({
+      ...{ redis, records, tenants: createTenants(redis), maxOpenJobs: 10 },
+      ...{ requestsPerMinute: 0, rowsPerDay: 0, bytesPerDay: 0 },
+    }),
     maxUploadBytes: 1_000,
-    maxOpenJobs: 10,
   });
   let last: JobRecord | Error | undefined;
   const http = createServer(async (request, response) => {

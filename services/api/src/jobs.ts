@@ -4,7 +4,8 @@
  */
 import { randomBytes, randomUUIDv7 } from 'node:crypto';
 import type { IncomingMessage } from 'node:http';
-import { ProblemError } from '@acousticsense/shared/errors';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { InfrastructureFault, ProblemError } from '@acousticsense/shared/errors';
 import { type JobRecord, type Timeline, timelineSchema } from '@acousticsense/shared/job';
 import { anyOpenState, type JobRecords, refOf } from '@acousticsense/shared/job-records';
 import { audioKey, jobPrefix, timelineKey } from '@acousticsense/shared/object-keys';
@@ -16,9 +17,11 @@ import type { Redis } from 'ioredis';
 import type { Logger } from 'pino';
 import type { z } from 'zod';
 import type { Changes } from './changes.ts';
+import { type Bind, fingerprintOf } from './idempotency.ts';
+import type { Limits } from './limits.ts';
 import { hasTimeline, presentJob } from './presentation.ts';
 import { type JobResource, jobOptionsSchema } from './schemas.ts';
-import { receiveUpload } from './upload.ts';
+import { formOverhead, receiveUpload } from './upload.ts';
 
 export interface JobsDeps {
   readonly redis: Redis;
@@ -27,8 +30,8 @@ export interface JobsDeps {
   readonly queues: Queues;
   readonly changes: Changes;
   readonly log: Logger;
+  readonly limits: Limits;
   readonly maxUploadBytes: number;
-  readonly maxOpenJobs: number;
 }
 
 export interface ServedModel {
@@ -39,7 +42,7 @@ export interface ServedModel {
 export type Jobs = ReturnType<typeof createJobs>;
 
 export function createJobs(deps: JobsDeps) {
-  const { redis, storage, records, queues, changes, log } = deps;
+  const { redis, storage, records, queues, changes, log, limits } = deps;
 
   /**
    * The model that a new job is pinned to: of those that inference and decoder workers serve now, the newest.
@@ -70,14 +73,23 @@ export function createJobs(deps: JobsDeps) {
     return { description, provider: serving.provider ?? 'unknown' };
   }
 
-  async function accept(request: IncomingMessage, tenant: string, field: string): Promise<JobRecord> {
+  /** @param bind ties the request's Idempotency-Key to the job. @throws {ProblemError} also what `bind` rejects with */
+  async function accept(
+    request: IncomingMessage,
+    tenant: string,
+    field: string,
+    bind: Bind = async () => {},
+  ): Promise<JobRecord> {
     const { description } = await servedModel();
-    await refuseWhenFull(tenant);
+    await limits.refuseWhenFull(tenant);
+    const expected = Number(request.headers['content-length'] ?? 0) - formOverhead;
+    await limits.foresee(tenant, { rows: 1, bytes: Math.max(0, expected) });
     const id = randomUUIDv7();
     const key = audioKey({ tenant, id });
     const from = performance.now();
     const upload = await receiveUpload(request, { storage, key, field, maxBytes: deps.maxUploadBytes });
     const uploadMs = Math.round(performance.now() - from);
+    let creating = false;
     try {
       const options = parseOptions(jobOptionsSchema, upload.fields);
       const { start, duration, topK, explain, vectors } = options;
@@ -102,33 +114,45 @@ export function createJobs(deps: JobsDeps) {
         ...(explain || vectors ? { extras: { explain, vectors } } : {}),
         timings: { upload: uploadMs },
       };
+      await bind(fingerprintOf({ url: request.url, ...upload }), id);
+      await limits.charge(tenant, { rows: 1, bytes: upload.size });
+      creating = true;
       await records.create(record);
       // From here on the job is accepted: the reconciler adds what this add could not.
-      await queues
-        .add('decode', record)
-        .catch((error) => log.warn({ err: error, jobId: id }, 'not queued yet'));
+      await soon(queues.add('decode', record)).catch((error) =>
+        log.warn({ err: error, jobId: id }, 'not queued yet'),
+      );
       log.info(
         { jobId: id, traceId: record.traceparent.split('-')[1], bytes: upload.size, uploadMs },
         'accepted',
       );
       return { ...record, state: 'queued', version: 1, updatedAt: record.createdAt };
     } catch (error) {
-      await storage.delete(key).catch(() => {});
+      // A Redis that went silent may have made the record: then there is a job, and it needs its audio. The reconciler
+      // deletes what belongs to none.
+      if (!(creating && error instanceof InfrastructureFault)) await storage.delete(key).catch(() => {});
       throw error;
     }
   }
 
-  async function refuseWhenFull(tenant: string): Promise<void> {
-    if ((await records.countOpen(tenant)) >= deps.maxOpenJobs) {
-      throw new ProblemError('too_busy', `${deps.maxOpenJobs} jobs wait already; send this one later.`, {
-        retryAfter: 30,
-      });
-    }
+  /** Reads a request that was answered before, and keeps nothing of it. */
+  async function fingerprint(request: IncomingMessage, field: string): Promise<string> {
+    const upload = await receiveUpload(request, {
+      storage: nowhere,
+      key: '',
+      field,
+      maxBytes: deps.maxUploadBytes,
+    });
+    return fingerprintOf({ url: request.url, ...upload });
+  }
+
+  async function find(tenant: string, id: string): Promise<JobRecord | undefined> {
+    return isJobId(id) ? records.get(tenant, id) : undefined;
   }
 
   /** @throws {ProblemError} job_not_found */
   async function get(tenant: string, id: string): Promise<JobRecord> {
-    const record = isJobId(id) ? await records.get(tenant, id) : undefined;
+    const record = await find(tenant, id);
     if (!record)
       throw new ProblemError(
         'job_not_found',
@@ -175,7 +199,7 @@ export function createJobs(deps: JobsDeps) {
       if (outcome === 'refused' || outcome === 'missing') continue;
       log.info({ jobId: id, was: record.state }, 'cancelled');
       const stage = stageOf(record.state);
-      if (stage) await queues.withdraw(stage, record).catch(() => {});
+      if (stage) await soon(queues.withdraw(stage, record)).catch(() => {});
       await deleteObjects(record);
       return get(tenant, id);
     }
@@ -210,7 +234,31 @@ export function createJobs(deps: JobsDeps) {
     );
   }
 
-  return { accept, get, present, cancelOrDelete, waitForEnd, servedModel };
+  return { accept, fingerprint, find, get, present, cancelOrDelete, waitForEnd, servedModel };
+}
+
+const nowhere: Pick<Storage, 'put' | 'delete'> = {
+  async put(_key, body) {
+    for await (const _ of body);
+    return '';
+  },
+  async delete() {},
+};
+
+const queuePatienceMs = 1_000;
+
+/** BullMQ waits for a Redis that is away, for as long as that takes; whoever waits for an answer does not. */
+async function soon(work: Promise<void>): Promise<void> {
+  const stop = new AbortController();
+  const late = sleep(queuePatienceMs, undefined, { signal: stop.signal }).then(() => {
+    throw new InfrastructureFault('redis', 'the queue did not answer in time');
+  });
+  try {
+    await Promise.race([work, late]);
+  } finally {
+    stop.abort();
+    late.catch(() => {});
+  }
 }
 
 function isJobId(id: string): boolean {

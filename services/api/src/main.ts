@@ -4,19 +4,25 @@ import { openSources } from '@acousticsense/egress/open-sources';
 import { openBackends } from '@acousticsense/shared/backends';
 import { StartupError } from '@acousticsense/shared/errors';
 import { type Service, startService } from '@acousticsense/shared/service';
+import { createTenants } from '@acousticsense/shared/tenants';
 import { Gauge } from 'prom-client';
 import { createApp } from './app.ts';
 import { createChanges } from './changes.ts';
 import { type ApiConfig, loadConfig } from './config.ts';
+import { createIdempotency } from './idempotency.ts';
 import { createJobs } from './jobs.ts';
+import { createLimits } from './limits.ts';
 import { createReconciler, type Reconciler } from './reconciler.ts';
+
+/** A caller waits: within a second it has its answer, or hears that Redis does not give one. */
+const redisPatienceMs = 800;
 
 let config: ApiConfig;
 await startService('api', () => (config = loadConfig(process.env)), wire);
 
 async function wire(service: Service): Promise<void> {
   const { log } = service;
-  const backends = openBackends(service, config);
+  const backends = openBackends(service, config, redisPatienceMs);
   const { redis, storage, records, queues } = backends;
   const changes = createChanges(backends.connect(), records);
 
@@ -25,8 +31,11 @@ async function wire(service: Service): Promise<void> {
   service.onClose('reconciler', () => reconciler.stop());
   exportBacklogs(service, reconciler);
 
-  const { maxUploadBytes, maxOpenJobs } = config;
-  const jobs = createJobs({ redis, storage, records, queues, changes, log, maxUploadBytes, maxOpenJobs });
+  const tenants = createTenants(redis);
+  const limits = createLimits({ redis, tenants, records, ...config });
+  const idempotency = createIdempotency(redis, log);
+  const { maxUploadBytes } = config;
+  const jobs = createJobs({ redis, storage, records, queues, changes, log, limits, maxUploadBytes });
   service.addCheck('model', async () => {
     await jobs.servedModel();
   });
@@ -40,7 +49,10 @@ async function wire(service: Service): Promise<void> {
     );
   });
 
-  const app = createApp({ service, config, jobs, changes, storage, sources, sourceReader });
+  const app = createApp({
+    ...{ service, config, jobs, changes, storage, sources, sourceReader },
+    ...{ tenants, limits, idempotency },
+  });
   const server = createServer(app);
   // An upload may take as long as it moves: idle time is limited, the whole is not.
   server.requestTimeout = 0;

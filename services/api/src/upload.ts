@@ -15,15 +15,15 @@ export interface Upload {
 }
 
 export interface UploadTarget {
-  readonly storage: Storage;
+  readonly storage: Pick<Storage, 'put' | 'delete'>;
   readonly key: string;
   /** The form field that holds the file. */
   readonly field: string;
   readonly maxBytes: number;
 }
 
-/** What fields and boundaries may add to the file's own size. */
-const formOverhead = 64 * 1024;
+/** Bytes that fields and boundaries may add to the file's own size. */
+export const formOverhead = 64 * 1024;
 const maxFields = 20;
 
 /**

@@ -12,6 +12,8 @@ const schema = z.object({
   DECODE_CONCURRENCY: z.coerce.number().int().min(1).max(256).optional(),
   /** Where audio is copied to and long tracks' frames are spilled: up to 1 GB a job in the worst case. */
   SCRATCH_DIR: z.string().default(tmpdir()),
+  /** Largest object of a source bucket that is read, in bytes: 512 MiB, as for uploads. */
+  MAX_UPLOAD_BYTES: z.coerce.number().int().positive().default(536_870_912),
   /** Longest audio that is read, in seconds: 4 hours. */
   MAX_DURATION_SECONDS: positive(14_400),
   FFMPEG_PATH: z.string().default('ffmpeg'),
@@ -33,6 +35,7 @@ export function loadConfig(env: NodeJS.ProcessEnv, cores = availableParallelism(
     ...workerConfig(v),
     concurrency: v.DECODE_CONCURRENCY ?? cores,
     scratchDirectory: path.resolve(v.SCRATCH_DIR),
+    maxSourceBytes: v.MAX_UPLOAD_BYTES,
     ffmpeg: {
       ffmpegPath: v.FFMPEG_PATH,
       ffprobePath: v.FFPROBE_PATH,

@@ -1,4 +1,5 @@
 /** The decoder service: wiring only. */
+import { openSources } from '@acousticsense/egress/open-sources';
 import { openBackends } from '@acousticsense/shared/backends';
 import { loadBundle } from '@acousticsense/shared/bundle';
 import { startService } from '@acousticsense/shared/service';
@@ -46,6 +47,8 @@ await startService(
         storage,
         frontEnd: createFrontEnd({ ffmpeg, profile, maxSeconds }),
         queues,
+        ...openSources(service, backends, config),
+        maxSourceBytes: config.maxSourceBytes,
         profileHash: bundle.profileHash,
         scratchDirectory: config.scratchDirectory,
       }),

@@ -1,17 +1,29 @@
 import assert from 'node:assert/strict';
-import { createHash, randomUUID } from 'node:crypto';
+import { createHash, randomBytes, randomUUID } from 'node:crypto';
 import { readdir } from 'node:fs/promises';
 import { after, test } from 'node:test';
 import { pathToFileURL } from 'node:url';
+import { openSources } from '@acousticsense/egress/open-sources';
 import { hashProfile } from '@acousticsense/shared/bundle';
 import { InfrastructureFault } from '@acousticsense/shared/errors';
-import { type JobRecord, jobRecordSchema, type StoredAudio, sidecarSchema } from '@acousticsense/shared/job';
+import {
+  type JobRecord,
+  jobRecordSchema,
+  type SourceObject,
+  type StoredAudio,
+  sidecarSchema,
+} from '@acousticsense/shared/job';
 import { audioKey, spectrogramKey } from '@acousticsense/shared/object-keys';
 import { openStorage } from '@acousticsense/shared/open-storage';
+import { connectRedisForWorker } from '@acousticsense/shared/redis';
+import { sourceDefinitionSchema } from '@acousticsense/shared/sources';
 import { CommitRefused, type StageJob } from '@acousticsense/shared/stage';
 import { parseNpy } from '@acousticsense/shared/tensor';
 import { pino } from 'pino';
+import { Registry } from 'prom-client';
 import { song, wav } from '../../../test/audio.ts';
+import { startRedis } from '../../../test/redis.ts';
+import { startS3, testCredentials } from '../../../test/s3.ts';
 import { createFfmpeg } from './ffmpeg.ts';
 import { createFrontEnd } from './front-end.ts';
 import { createDecodeStage } from './stage.ts';
@@ -28,10 +40,32 @@ const frontEnd = createFrontEnd({
 });
 const audio = wav([song({ seconds: 12 })]);
 
+const redisServer = await startRedis();
+const redis = connectRedisForWorker(redisServer.url);
+const s3 = await startS3();
+const closers: (() => unknown)[] = [];
+after(async () => {
+  for (const close of closers) await close();
+  redis.disconnect();
+  await s3[Symbol.asyncDispose]();
+  await redisServer[Symbol.asyncDispose]();
+});
+const registry = new Registry();
+const { sources, sourceReader } = openSources(
+  { registry, onClose: (_what, close) => closers.push(close) },
+  { redis },
+  {
+    secretsKey: randomBytes(32).toString('base64'),
+    egressAllow: new URL(s3.endpoint).host,
+    storageUrl: `s3://own?endpoint=${s3.endpoint}`,
+  },
+);
+const sourceDeps = { sources, sourceReader, maxSourceBytes: 1 << 30 };
+
 type Committed = Parameters<StageJob['commit']>;
 
 /** A job on stored audio, with what the stage does to it written down in order. */
-async function makeJob(content: Buffer | undefined = audio) {
+async function makeJob(content: Buffer | undefined = audio, source?: SourceObject) {
   // UUIDv7, as the API makes them.
   const id = randomUUID().replace(
     /^.{8}-.{4}-4/,
@@ -55,12 +89,14 @@ async function makeJob(content: Buffer | undefined = audio) {
     modelName: 'test',
     modelVersion: '1',
     profileHash,
-    audio: {
-      key,
-      size: content.length,
-      sha256: createHash('sha256').update(content).digest('hex'),
-      filename: '../../\n🎵.mp3',
-    },
+    audio: source
+      ? { source, filename: '1.wav' }
+      : {
+          key,
+          size: content.length,
+          sha256: createHash('sha256').update(content).digest('hex'),
+          filename: '../../\n🎵.mp3',
+        },
     selection: { windows: 'middle', start: 0 },
     presentation: { topK: 5, threshold: 0.5 },
   });
@@ -83,7 +119,14 @@ async function makeJob(content: Buffer | undefined = audio) {
     },
   };
   const scratchDirectory = at.file('scratch');
-  const stage = createDecodeStage({ storage, frontEnd, queues, profileHash, scratchDirectory });
+  const stage = createDecodeStage({
+    storage,
+    frontEnd,
+    queues,
+    ...sourceDeps,
+    profileHash,
+    scratchDirectory,
+  });
   return { job, stage, steps, commits, scratchDirectory };
 }
 
@@ -142,7 +185,14 @@ test('storage that fails is no fault of the audio', async () => {
     put: () => Promise.reject(new InfrastructureFault('storage', 'disk full')),
   };
   const queues = { add: () => Promise.reject(new Error('must not be reached')) };
-  const stage = createDecodeStage({ storage: full, frontEnd, queues, profileHash, scratchDirectory });
+  const stage = createDecodeStage({
+    storage: full,
+    frontEnd,
+    queues,
+    ...sourceDeps,
+    profileHash,
+    scratchDirectory,
+  });
   await assert.rejects(
     stage.run(job, signal()),
     (error) => error instanceof InfrastructureFault && error.part === 'storage',
@@ -165,4 +215,107 @@ test('a cancelled job ends with the reason of its signal', async () => {
     (error: Error) => error === reason || error.name === 'AbortError',
   );
   assert.deepEqual(await readdir(scratchDirectory), []);
+});
+
+/** An object in the bucket `music`, of a tenant that has registered it. @returns its ETag. */
+async function putInSource(key: string, content: Buffer): Promise<string> {
+  const definition = sourceDefinitionSchema.parse({
+    bucket: 'music',
+    prefix: 'albums/',
+    endpoint: s3.endpoint,
+    credentials: testCredentials,
+  });
+  await sources.save(await sources.prepare('local', 'catalogue', definition));
+  const answer = await fetch(`${s3.endpoint}/music/${key}`, { method: 'PUT', body: new Uint8Array(content) });
+  return answer.headers.get('etag')!;
+}
+
+async function sourceReads(): Promise<Record<string, number>> {
+  const metric = await registry.getSingleMetric('acousticsense_source_reads_total')!.get();
+  return Object.fromEntries(metric.values.map(({ labels, value }) => [labels['operation'], value]));
+}
+
+test('an object of a registered source is read in place, known by its SHA-256, and copied nowhere', async () => {
+  // Larger than one range.
+  const long = wav([song({ seconds: 240 })]);
+  assert.ok(long.length > 9 << 20, `${long.length} bytes`);
+  const etag = await putInSource('albums/long.wav', long);
+  const before = await sourceReads();
+  const known = { bucket: 'music', key: 'albums/long.wav', etag, size: long.length };
+  const { job, stage, steps, commits, scratchDirectory } = await makeJob(Buffer.alloc(0), known);
+  await stage.run(job, signal());
+  assert.deepEqual(steps, ['commit', 'add inference']);
+  const { decoded } = commits[0]![1];
+  assert.equal(decoded!.contentId, createHash('sha256').update(long).digest('hex'));
+  const ranges = Math.ceil(long.length / (8 << 20));
+  assert.deepEqual(await sourceReads(), { ...before, GET: before['GET']! + ranges });
+  assert.equal(await storage.stat(audioKey(job.record)), undefined);
+  assert.deepEqual(await readdir(scratchDirectory), []);
+});
+
+test('the same sound from a source and from an upload shares one tensor', async () => {
+  await putInSource('albums/same.wav', audio);
+  const uploaded = await makeJob();
+  const named = await makeJob(Buffer.alloc(0), { bucket: 'music', key: 'albums/same.wav' });
+  await uploaded.stage.run(uploaded.job, signal());
+  await named.stage.run(named.job, signal());
+  assert.equal(named.commits[0]![1].decoded!.tensorKey, uploaded.commits[0]![1].decoded!.tensorKey);
+});
+
+test('what no source of the tenant holds is refused, the own bucket and a source removed meanwhile included', async () => {
+  await putInSource('albums/mine.wav', audio);
+  await fetch(`${s3.endpoint}/music/other/1.wav`, { method: 'PUT', body: new Uint8Array(audio) });
+  const refused = async (bucket: string, key: string) => {
+    const { job, stage, steps, scratchDirectory } = await makeJob(Buffer.alloc(0), { bucket, key });
+    await assert.rejects(stage.run(job, signal()), { name: 'ProblemError', code: 'source_not_allowed' });
+    assert.deepEqual([steps, await readdir(scratchDirectory)], [[], []]);
+  };
+  const before = await sourceReads();
+  await refused('music', 'other/1.wav');
+  await refused('foreign', 'albums/mine.wav');
+  await refused('own', 'jobs/2026-11-22T19/local/x/audio');
+  await sources.remove('local', 'catalogue');
+  await refused('music', 'albums/mine.wav');
+  assert.deepEqual(await sourceReads(), before);
+});
+
+test('an object that changed, vanished, is empty, too large or no audio is the problem of its job', async () => {
+  const etag = await putInSource('albums/changing.wav', audio);
+  await putInSource('albums/changing.wav', wav([song({ seconds: 13 })]));
+  await putInSource('albums/empty.wav', Buffer.alloc(0));
+  await putInSource('albums/text.wav', Buffer.from('not music\n'.repeat(100)));
+  const cases: [Omit<SourceObject, 'bucket'>, string][] = [
+    [{ key: 'albums/changing.wav', etag }, 'source_changed'],
+    [{ key: 'albums/changing.wav', size: audio.length }, 'source_changed'],
+    [{ key: 'albums/none.wav' }, 'source_not_found'],
+    [{ key: 'albums/empty.wav' }, 'empty_file'],
+    [{ key: 'albums/none.wav', size: (1 << 30) + 1 }, 'file_too_large'],
+    [{ key: 'albums/text.wav' }, 'not_audio'],
+  ];
+  for (const [object, code] of cases) {
+    const { job, stage, steps, scratchDirectory } = await makeJob(Buffer.alloc(0), {
+      bucket: 'music',
+      ...object,
+    });
+    await assert.rejects(stage.run(job, signal()), { name: 'ProblemError', code }, JSON.stringify(object));
+    assert.deepEqual([steps, await readdir(scratchDirectory)], [[], []]);
+  }
+});
+
+test('a list of sources that cannot be read now is no fault of the job', async () => {
+  const { job, scratchDirectory } = await makeJob(Buffer.alloc(0), { bucket: 'music', key: 'albums/x.wav' });
+  const away = {
+    sourceFor: () => Promise.reject(new InfrastructureFault('redis', 'Redis cannot be reached')),
+  };
+  const queues = { add: () => Promise.reject(new Error('must not be reached')) };
+  const stage = createDecodeStage({
+    storage,
+    frontEnd,
+    queues,
+    ...sourceDeps,
+    sources: away,
+    profileHash,
+    scratchDirectory,
+  });
+  await assert.rejects(stage.run(job, signal()), InfrastructureFault);
 });

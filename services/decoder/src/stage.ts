@@ -10,11 +10,14 @@ import {
   inlineWindows,
   type JobRecord,
   type Sidecar,
+  type SourceObject,
   type StoredAudio,
   sidecarSchema,
 } from '@acousticsense/shared/job';
 import { spectrogramKey, tensorKey } from '@acousticsense/shared/object-keys';
 import type { Queues } from '@acousticsense/shared/queues';
+import type { SourceReader } from '@acousticsense/shared/source-reader';
+import type { Sources } from '@acousticsense/shared/sources';
 import type { Stage, StageJob } from '@acousticsense/shared/stage';
 import { ObjectNotFound, type Storage, toScratch } from '@acousticsense/shared/storage';
 import { type Analysis, type FrontEnd, frontEndVersion } from './front-end.ts';
@@ -24,6 +27,10 @@ export interface DecodeStageDeps {
   readonly storage: Storage;
   readonly frontEnd: FrontEnd;
   readonly queues: Pick<Queues, 'add'>;
+  readonly sources: Pick<Sources, 'sourceFor'>;
+  readonly sourceReader: Pick<SourceReader, 'download'>;
+  /** Largest object of a source that is read, in bytes. */
+  readonly maxSourceBytes: number;
   readonly profileHash: string;
   readonly scratchDirectory: string;
 }
@@ -38,6 +45,9 @@ export function createDecodeStage({
   storage,
   frontEnd,
   queues,
+  sources,
+  sourceReader,
+  maxSourceBytes,
   profileHash,
   scratchDirectory,
 }: DecodeStageDeps): Stage {
@@ -131,8 +141,13 @@ export function createDecodeStage({
   }
 
   /** @returns the SHA-256 of the audio. */
-  async function fetchAudio({ audio }: JobRecord, file: string, signal: AbortSignal): Promise<string> {
+  async function fetchAudio(
+    { tenant, audio }: JobRecord,
+    file: string,
+    signal: AbortSignal,
+  ): Promise<string> {
     if ('key' in audio) return fetchStored(audio, file, signal);
+    if ('source' in audio) return fetchFromSource(tenant, audio.source, file, signal);
     throw new Error('no reader for this kind of audio');
   }
 
@@ -153,6 +168,24 @@ export function createDecodeStage({
         error,
       );
     }
+  }
+
+  /** The tenant's list is asked now: what it has removed since the job was accepted is read no more. */
+  async function fetchFromSource(
+    tenant: string,
+    object: SourceObject,
+    file: string,
+    signal: AbortSignal,
+  ): Promise<string> {
+    const source = await sources.sourceFor(tenant, object.bucket, object.key);
+    if (source === undefined) {
+      throw new ProblemError(
+        'source_not_allowed',
+        `No source is registered that holds s3://${object.bucket}/${object.key.slice(0, 200)}; register its bucket and prefix.`,
+      );
+    }
+    const limits = { signal, maxBytes: maxSourceBytes };
+    return (await sourceReader.download(source, object, file, limits)).sha256;
   }
 
   async function store(

@@ -27,6 +27,7 @@ export type NewBatch = Pick<
   | 'presentation'
   | 'extras'
   | 'traceparent'
+  | 'tensorsOf'
   | 'mapped'
   | 'force'
   | 'revision'
@@ -129,6 +130,7 @@ const textFields = new Set<string>([
   'modelVersion',
   'profileHash',
   'traceparent',
+  'tensorsOf',
   'walked',
 ]);
 const flagFields = ['mapped', 'force', 'sealed'] as const;

@@ -1,5 +1,6 @@
 /** What a batch holds, and what of its rows lies in storage: the shapes that the API and the feeder agree on. */
 import { z } from 'zod';
+import { verdicts } from './house-genres.ts';
 import { jobRecordSchema, selectionSchema } from './job.ts';
 import { manifestRowSchema } from './manifest.ts';
 
@@ -50,6 +51,8 @@ export const batchRecordSchema = z.object({
   presentation: jobRecordSchema.shape.presentation,
   extras: jobRecordSchema.shape.extras,
   traceparent: z.string(),
+  /** Of a run that is repeated by a model of the same profile: what was decoded for that one is used again. */
+  tensorsOf: z.uuid().optional(),
   /** A house mapping lies beside the manifest. */
   mapped: z.boolean().default(false),
   /** Known answers are not taken over. */
@@ -98,10 +101,11 @@ export const partRowSchema = manifestRowSchema.extend({
   error: jobRecordSchema.shape.error,
   reused: z.boolean().optional(),
   timings: jobRecordSchema.shape.timings,
-  predicted: z.string().optional().describe('the likeliest label'),
+  predicted: z.string().optional().describe('the likeliest house genre'),
   confidence: z.number().optional(),
-  house: z.array(z.string()).optional().describe('what the house calls the likeliest label'),
-  verdict: z.enum(['agree', 'disagree', 'uncertain', 'undeclared', 'unknown_genre']).optional(),
+  uncertain: z.boolean().optional().describe("at the batch's own threshold"),
+  disagreement: z.number().optional().describe('of the verdict `disagree`: how confident, 0 to 1'),
+  verdict: z.enum(verdicts).optional(),
 });
 export type PartRow = z.infer<typeof partRowSchema>;
 

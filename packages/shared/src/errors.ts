@@ -27,6 +27,8 @@ const kinds = {
   host_not_allowed: { status: 403, title: 'This host name is not served', retryable: false },
   not_found: { status: 404, title: 'There is nothing at this address', retryable: false },
   tenant_not_found: { status: 404, title: 'No such tenant', retryable: false },
+  batch_not_found: { status: 404, title: 'No such batch', retryable: false },
+  result_not_found: { status: 404, title: 'No such result', retryable: false },
   job_not_found: { status: 404, title: 'No such job', retryable: false },
   no_spectrogram: { status: 404, title: 'This job has no spectrogram', retryable: false },
   no_explanation: { status: 404, title: 'This job has no explanation', retryable: false },
@@ -36,6 +38,11 @@ const kinds = {
   upload_unfinished: { status: 409, title: 'The upload is not complete yet', retryable: true },
   upload_finished: { status: 409, title: 'The upload is complete already', retryable: false },
   upload_mismatch: { status: 409, title: 'What was sent is not what was stated', retryable: false },
+  batch_state: {
+    status: 409,
+    title: 'The batch is in a state in which this cannot be done',
+    retryable: false,
+  },
   job_not_finished: { status: 409, title: 'The job has not got that far yet', retryable: true },
   idempotency_in_flight: {
     status: 409,
@@ -52,7 +59,11 @@ const kinds = {
   file_too_large: { status: 413, title: 'The file is larger than this service takes', retryable: false },
   wrong_content_type: { status: 415, title: 'The request has the wrong content type', retryable: false },
   manifest_invalid: { status: 422, title: 'The manifest cannot be read', retryable: false },
-  manifest_too_large: { status: 413, title: 'The manifest is larger than this service takes', retryable: false },
+  manifest_too_large: {
+    status: 413,
+    title: 'The manifest is larger than this service takes',
+    retryable: false,
+  },
   mapping_invalid: { status: 422, title: 'The mapping to house genres cannot be used', retryable: false },
   // The audio
   empty_file: { status: 422, title: 'The file is empty', retryable: false },
@@ -93,6 +104,8 @@ const kinds = {
     title: 'This file stopped a worker more than once and is set aside',
     retryable: false,
   },
+  batch_gone: { status: 410, title: 'The batch and its results were deleted', retryable: false },
+  result_gone: { status: 410, title: 'The result was deleted', retryable: false },
   audio_gone: { status: 410, title: 'The audio of this job is no longer stored', retryable: false },
   model_not_served: { status: 503, title: 'No worker serves this model at present', retryable: true },
   too_busy: { status: 429, title: 'Too many jobs are under way', retryable: true },

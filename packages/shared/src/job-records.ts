@@ -89,6 +89,8 @@ export interface JobRecords {
    */
   create(record: NewJobRecord): Promise<CommitResult>;
   get(tenant: string, jobId: string): Promise<JobRecord | undefined>;
+  /** In one round trip, in their order. */
+  getMany(tenant: string, jobIds: readonly string[]): Promise<(JobRecord | undefined)[]>;
   exists(tenant: string, jobId: string): Promise<boolean>;
   commit(ref: JobRef, step: CommitStep): Promise<CommitResult>;
   /** Tells subscribers how far a stage is; nothing is stored. */
@@ -227,6 +229,17 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
     async get(tenant, jobId) {
       const hash = await withRedis(() => redis.hgetall(keys.record(tenant, jobId)));
       return Object.keys(hash).length === 0 ? undefined : fromHash(hash);
+    },
+
+    async getMany(tenant, jobIds) {
+      const pipeline = redis.pipeline();
+      for (const jobId of jobIds) pipeline.hgetall(keys.record(tenant, jobId));
+      const answers = (await withRedis(() => pipeline.exec())) ?? [];
+      return answers.map(([error, hash]) => {
+        if (error) throw error;
+        const fields = hash as Record<string, string>;
+        return Object.keys(fields).length === 0 ? undefined : fromHash(fields);
+      });
     },
 
     async exists(tenant, jobId) {

@@ -1,5 +1,6 @@
 /** From a job record to what callers see; `topK` and `threshold` are applied here and nowhere else. */
-import type { JobRecord, Outcome, Timeline } from '@acousticsense/shared/job';
+import { outlierOf, reasonToDoubt } from '@acousticsense/shared/doubt';
+import type { JobRecord, Timeline } from '@acousticsense/shared/job';
 import type { ModelDescription } from '@acousticsense/shared/serving';
 import { extras, isAskedFor } from './extras.ts';
 import type { JobResource } from './schemas.ts';
@@ -85,11 +86,7 @@ export function presentResult(
   const limits = { threshold, outlierThreshold: model?.outlierThreshold };
   const ranked = outcome.probabilities ? topGenres(outcome.probabilities, labels, labels.length) : [];
   const [first, second] = ranked;
-  const uncertainBecause = reasonToDoubt(
-    outcome.probabilities,
-    outcome.outlier ?? meanOutlier(outliers),
-    limits,
-  );
+  const uncertainBecause = reasonToDoubt(outcome.probabilities, outlierOf(outcome), limits);
   const reliability =
     uncertainBecause === 'not_music' ? undefined : reliabilityOf(perWindow, model?.reliability);
   return {
@@ -114,30 +111,6 @@ export function presentResult(
     }),
     provider: outcome.provider,
   };
-}
-
-/**
- * Why a window, or a track, should not be taken for its likeliest genre. What is unlike all music that the model
- * knows says so first: its confidence is that of an answer to a question that does not arise.
- *
- * @param probabilities null when all is silent.
- * @param outlier undefined for a model that gives none.
- */
-function reasonToDoubt(
-  probabilities: readonly number[] | null,
-  outlier: number | undefined,
-  limits: { threshold: number; outlierThreshold: number | undefined },
-): Result['uncertainBecause'] {
-  if (probabilities === null) return 'silent';
-  if (outlier !== undefined && limits.outlierThreshold !== undefined && outlier > limits.outlierThreshold)
-    return 'not_music';
-  return Math.max(...probabilities) < limits.threshold ? 'confidence' : undefined;
-}
-
-/** Over the windows that were heard. */
-function meanOutlier(outliers: Outcome['outliers'] = []): number | undefined {
-  const heard = outliers.filter((score) => score !== null);
-  return heard.length === 0 ? undefined : heard.reduce((a, b) => a + b) / heard.length;
 }
 
 /** A bin of fewer says nothing. */

@@ -3,6 +3,7 @@
  * job asked for: attention maps and vectors, in objects that are there before the record says `completed`.
  */
 import type { Manifest } from '@acousticsense/shared/bundle';
+import { meanOf } from '@acousticsense/shared/doubt';
 import { InfrastructureFault, ProblemError } from '@acousticsense/shared/errors';
 import {
   type Decoded,
@@ -191,12 +192,6 @@ function outlierOf({ outlier }: GraphOutputs['classify']): number {
   if (!Number.isFinite(score))
     throw new RangeError('the model gave an outlier score that is not a finite number');
   return Math.round(score! * 1e4) / 1e4;
-}
-
-/** Over the windows that were heard. */
-function meanOf(scores: readonly (number | null)[] | undefined): number | undefined {
-  const heard = (scores ?? []).filter((score) => score !== null);
-  return heard.length === 0 ? undefined : heard.reduce((a, b) => a + b) / heard.length;
 }
 
 /** Milliseconds since acceptance that the decoder does not account for. */

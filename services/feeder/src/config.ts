@@ -1,0 +1,39 @@
+/** Configuration of the feeder, from the environment. */
+import path from 'node:path';
+import { commonConfig, commonVariables, readVariables } from '@acousticsense/shared/common-config';
+import { z } from 'zod';
+
+const schema = z.object({
+  ...commonVariables,
+  /** Where /healthz, /readyz and /metrics are served; port 0 takes a free one. */
+  METRICS_HOST: z.string().default('127.0.0.1'),
+  METRICS_PORT: z.coerce.number().int().min(0).max(65_535).default(0),
+  /** Rows of batches in the queues, as a multiple of what the workers hold at a time. */
+  FEED_FACTOR: z.coerce.number().min(1).max(1_000).default(4),
+  /** Chunks of 1,000 rows that a batch has in Redis at a time. */
+  FEED_OPEN_CHUNKS: z.coerce.number().int().min(1).max(1_000).default(16),
+  /** Requests to source buckets at a time, for the ETags of rows that come without. */
+  FEED_HEADS: z.coerce.number().int().min(1).max(1_024).default(32),
+  /** Directory of the local copies of the index of known answers; default: `index/feeder` in DATA_DIR. */
+  INDEX_DIR: z.string().optional(),
+  /** How many stored results of batches a tenant may have; the oldest batches go first. 0: any number. */
+  RESULTS_KEPT: z.coerce.number().int().min(0).default(0),
+});
+
+/** @throws {StartupError} naming the variable. */
+export function loadConfig(env: NodeJS.ProcessEnv) {
+  const v = readVariables(schema, env);
+  return {
+    ...commonConfig(v),
+    metricsHost: v.METRICS_HOST,
+    metricsPort: v.METRICS_PORT,
+    factor: v.FEED_FACTOR,
+    openChunks: v.FEED_OPEN_CHUNKS,
+    heads: v.FEED_HEADS,
+    indexDirectory: path.resolve(v.INDEX_DIR ?? path.join(v.DATA_DIR, 'index', 'feeder')),
+    resultsKept: v.RESULTS_KEPT,
+    resultRetentionMs: v.RESULT_RETENTION_DAYS * 24 * 3_600_000,
+  };
+}
+
+export type FeederConfig = ReturnType<typeof loadConfig>;

@@ -1,0 +1,254 @@
+/** Closing a chunk: the results of its rows leave Redis and become a part in storage, found by the index. */
+
+import type { AnswerEntry, AnswerIndex } from '@acousticsense/shared/answer-index';
+import { answerKey, identityOf } from '@acousticsense/shared/answer-key';
+import { type BatchRecord, decodePart, encodePart, isEnded, type PartRow } from '@acousticsense/shared/batch';
+import { type BatchRecords, rowJobId } from '@acousticsense/shared/batch-records';
+import { outlierOf, reasonToDoubt } from '@acousticsense/shared/doubt';
+import { createHouse, type House, mappingSchema, ownNames } from '@acousticsense/shared/house-genres';
+import type { JobRecord, Selection, SourceObject } from '@acousticsense/shared/job';
+import { type JobRecords, rowIndex } from '@acousticsense/shared/job-records';
+import { decodeChunk, type ManifestRow } from '@acousticsense/shared/manifest';
+import { batchKey, chunkKey, mappingKey, partKey, rowsPrefix } from '@acousticsense/shared/object-keys';
+import { isFinished } from '@acousticsense/shared/pipeline';
+import { knownModel, type ModelDescription } from '@acousticsense/shared/serving';
+import type { SourceMatcher, Sources } from '@acousticsense/shared/sources';
+import type { Storage } from '@acousticsense/shared/storage';
+import type { Redis } from 'ioredis';
+import type { Logger } from 'pino';
+
+export interface PartsDeps {
+  readonly redis: Redis;
+  readonly storage: Storage;
+  readonly records: JobRecords;
+  readonly batches: BatchRecords;
+  readonly index: Pick<AnswerIndex, 'writeSegment'>;
+  readonly sources: Pick<Sources, 'matcher'>;
+  readonly log: Logger;
+}
+
+export type Parts = ReturnType<typeof createParts>;
+
+const tallied = ['uncertain', 'agree', 'disagree', 'undeclared', 'unknown_genre'] as const;
+
+export function createParts({ redis, storage, records, batches, index, sources, log }: PartsDeps) {
+  /**
+   * Writes the part of a chunk whose rows have all ended, then the index's segment, then lets go of what Redis held.
+   * Killed anywhere, the whole is done again and writes the same: until the last step the records are there.
+   */
+  async function close(tenant: string, batchId: string, chunk: number): Promise<void> {
+    const ref = { tenant, id: batchId };
+    const batch = await batches.get(ref);
+    const states = await batches.rowStates(ref, chunk);
+    if (batch === undefined || states === undefined) {
+      // Closed meanwhile, or the batch is deleted: closing it again only takes the chunk from the list.
+      await batches.close(ref, { chunk, jobIds: [], tally: {}, event: { chunk } });
+      return;
+    }
+    const manifest = decodeChunk(await storage.read(chunkKey(tenant, batchId, chunk)));
+    const jobIds = manifest.map((_, row) => rowJobId(batchId, rowIndex({ chunk, row })));
+    const found = await records.getMany(tenant, jobIds);
+    const kept = states.includes('k') ? await readPart(tenant, batchId, chunk) : [];
+    const judge = await judgeOf(batch);
+    const endpointOf = endpoints(await sources.matcher(tenant));
+    const rows = manifest.map((row, at): PartRow => {
+      const record = found[at];
+      if (states[at] === 'k' && kept[at]) return kept[at];
+      if (record === undefined || !isFinished(record.state)) {
+        if (states[at] !== 'x')
+          log.error({ batchId, chunk, row: at, state: states[at] }, 'a row has no record');
+        return unfed(batch, row, rowIndex({ chunk, row: at }), jobIds[at]!, states[at] === 'x');
+      }
+      return judge(answered(batch, row, rowIndex({ chunk, row: at }), record));
+    });
+    await storage.put(partKey(tenant, batchId, chunk), encodePart(rows));
+    await index.writeSegment({
+      tenant,
+      batchId,
+      chunk,
+      round: batch.round,
+      entries: rows.flatMap((row, at) => {
+        const entry = entryOf(batch, row, at, endpointOf);
+        // What is kept stands in the segment of the round that found it.
+        return states[at] === 'k' || entry === undefined ? [] : [entry];
+      }),
+    });
+    const fresh = rows.filter((_, at) => states[at] !== 'k');
+    const tally = Object.fromEntries(
+      tallied.map((counter) => [
+        counter,
+        fresh.filter((row) =>
+          counter === 'uncertain'
+            ? row.uncertain === true
+            : row.verdict === counter && row.state === 'completed',
+        ).length,
+      ]),
+    );
+    const key = partKey(tenant, batchId, chunk);
+    await batches.close(ref, { chunk, jobIds, tally, event: { chunk, rows: rows.length, key } });
+    if (manifest.some(({ audio }) => 'url' in audio)) await deleteFetched(tenant, batchId, chunk);
+  }
+
+  /** The fetched audio of a chunk; what explains its results stays. */
+  async function deleteFetched(tenant: string, batchId: string, chunk: number): Promise<void> {
+    for await (const { key } of storage.list(rowsPrefix(tenant, batchId, chunk))) {
+      if (key.endsWith('/audio')) await storage.delete(key);
+    }
+  }
+
+  /** @throws {ObjectNotFound} */
+  async function readPart(tenant: string, batchId: string, chunk: number): Promise<PartRow[]> {
+    return decodePart(await storage.read(partKey(tenant, batchId, chunk)));
+  }
+
+  /** A batch that has ended is written where it outlives Redis. */
+  async function save(tenant: string, batchId: string): Promise<void> {
+    const batch = await batches.get({ tenant, id: batchId });
+    if (batch && isEnded(batch.state))
+      await storage.put(batchKey(tenant, batchId), Buffer.from(JSON.stringify(batch)));
+    await batches.saved({ tenant, id: batchId });
+  }
+
+  const houses = new Map<string, House>();
+  async function judgeOf(batch: BatchRecord): Promise<(row: PartRow) => PartRow> {
+    const model = await knownModel(redis, batch.modelDigest);
+    if (model === undefined) return (row) => row;
+    let house = houses.get(batch.id);
+    if (house === undefined) {
+      house = createHouse(batch.mapped ? await readMapping(batch) : ownNames(model.labels));
+      if (houses.size >= 100) houses.clear();
+      houses.set(batch.id, house);
+    }
+    const known = house;
+    return (row) => judged(row, batch, model, known);
+  }
+
+  async function readMapping({ tenant, id }: BatchRecord) {
+    return mappingSchema.parse(JSON.parse((await storage.read(mappingKey(tenant, id))).toString('utf8')));
+  }
+
+  return { close, save, readPart };
+}
+
+function judged(row: PartRow, batch: BatchRecord, model: ModelDescription, house: House): PartRow {
+  const { outcome } = row;
+  if (row.state !== 'completed' || outcome === undefined) return row;
+  const { threshold } = batch.presentation;
+  const doubt = reasonToDoubt(outcome.probabilities, outlierOf(outcome), {
+    threshold,
+    outlierThreshold: model.outlierThreshold,
+  });
+  const uncertain = doubt !== undefined;
+  const heard = { declared: row.declaredGenre, probabilities: outcome.probabilities, uncertain };
+  const { verdict, predicted, confidence } = house.judge(heard);
+  return {
+    ...row,
+    uncertain,
+    verdict,
+    ...(predicted ? { predicted: predicted.genre, confidence: predicted.probability } : {}),
+    ...(confidence === undefined ? {} : { disagreement: confidence }),
+  };
+}
+
+function answered(batch: BatchRecord, row: ManifestRow, index: number, record: JobRecord): PartRow {
+  const { decoded, outcome, error, timings, reused, generation, updatedAt } = record;
+  return {
+    ...row,
+    row: index,
+    jobId: record.id,
+    state: record.state as PartRow['state'],
+    revision: record.revision ?? batch.revision,
+    finishedAt: updatedAt,
+    generation,
+    audio: heardAudio(row, record),
+    ...(decoded ? { decoded } : {}),
+    ...(outcome ? { outcome } : {}),
+    ...(error ? { error } : {}),
+    ...(reused ? { reused } : {}),
+    ...(timings ? { timings } : {}),
+  };
+}
+
+/** With the ETag that was found: by it the row is recognised when it comes again. */
+function heardAudio(row: ManifestRow, { audio }: JobRecord): PartRow['audio'] {
+  return 'source' in audio && 's3' in row.audio ? { s3: audio.source } : row.audio;
+}
+
+function unfed(
+  batch: BatchRecord,
+  row: ManifestRow,
+  index: number,
+  jobId: string,
+  cancelled: boolean,
+): PartRow {
+  const error = {
+    code: 'internal_error' as const,
+    message: 'The record of this row was lost.',
+    retryable: true,
+  };
+  return {
+    ...row,
+    row: index,
+    jobId,
+    state: cancelled ? 'cancelled' : 'failed',
+    revision: batch.revision,
+    finishedAt: Date.now(),
+    generation: batch.round + 1,
+    ...(cancelled ? {} : { error }),
+  };
+}
+
+function entryOf(
+  batch: BatchRecord,
+  row: PartRow,
+  at: number,
+  endpointOf: EndpointOf,
+): AnswerEntry | undefined {
+  const { ref, revision, finishedAt } = row;
+  if (row.state === 'cancelled') return undefined;
+  const keys = row.state === 'completed' ? answerKeysOf(batch, row, endpointOf) : [];
+  if (ref === undefined && keys.length === 0) return undefined;
+  return { row: at, revision, finishedAt, keys, ...(ref === undefined ? {} : { ref }) };
+}
+
+/**
+ * By what a row is recognised: its object at this ETag or version, or the caller's word for the sound. What a job
+ * stores beside its result cannot be taken over, so a batch that asks for it asks anew.
+ *
+ * @param endpointOf the source that its bucket is registered with.
+ */
+export function answerKeysOf(
+  batch: Pick<BatchRecord, 'modelDigest' | 'selection' | 'extras'>,
+  row: Pick<ManifestRow, 'audio' | 'contentId' | 'selection'>,
+  endpointOf: EndpointOf,
+): string[] {
+  if (batch.extras) return [];
+  const references = [
+    ...('s3' in row.audio
+      ? [identityOf({ s3: row.audio.s3, sourceEndpoint: endpointOf(row.audio.s3) })]
+      : []),
+    // An upload is written once.
+    ...('upload' in row.audio ? [identityOf({ contentId: `upload:${row.audio.upload}` })] : []),
+    ...(row.contentId === undefined ? [] : [identityOf({ contentId: row.contentId })]),
+  ].filter((identity) => identity !== undefined);
+  const selection = selectionOf(batch, row);
+  return references.map((identity) => answerKey({ identity, modelDigest: batch.modelDigest, selection }));
+}
+
+type EndpointOf = (object: SourceObject) => string | undefined;
+
+export function endpoints(matcher: SourceMatcher): EndpointOf {
+  return ({ bucket, key }) => matcher(bucket, key)?.endpoint;
+}
+
+export function selectionOf(
+  batch: Pick<BatchRecord, 'selection'>,
+  row: Pick<ManifestRow, 'selection'>,
+): Selection {
+  const { windows, start, duration } = { ...batch.selection, ...row.selection };
+  return {
+    windows: windows ?? batch.selection.windows,
+    start: start ?? batch.selection.start,
+    ...(duration === undefined ? {} : { duration }),
+  };
+}

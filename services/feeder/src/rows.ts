@@ -1,0 +1,257 @@
+/**
+ * From rows of a manifest to jobs: what is known already is taken over, what can never run fails with its reason, the
+ * rest says in which stage it begins. Everything slow (requests to source buckets, old parts) happens here, before a
+ * row's turn comes, so that one tenant's slow bucket keeps nobody else waiting.
+ */
+import { randomBytes } from 'node:crypto';
+import type { AnswerIndex, Locator } from '@acousticsense/shared/answer-index';
+import type { BatchRecord, PartRow } from '@acousticsense/shared/batch';
+import { rowJobId } from '@acousticsense/shared/batch-records';
+import { InfrastructureFault, ProblemError } from '@acousticsense/shared/errors';
+import type { JobRecord } from '@acousticsense/shared/job';
+import { firstState, type NewJobRecord, rowIndex } from '@acousticsense/shared/job-records';
+import type { ManifestRow } from '@acousticsense/shared/manifest';
+import { batchPrefix, timelineKey } from '@acousticsense/shared/object-keys';
+import type { BatchRow } from '@acousticsense/shared/pipeline';
+import type { SourceReader } from '@acousticsense/shared/source-reader';
+import type { SourceMatcher, Sources } from '@acousticsense/shared/sources';
+import { ObjectNotFound, type Storage } from '@acousticsense/shared/storage';
+import { findUpload } from '@acousticsense/shared/uploads';
+import type { Logger } from 'pino';
+import { answerKeysOf, endpoints, type Parts, selectionOf } from './parts.ts';
+
+export interface RowsDeps {
+  readonly storage: Storage;
+  readonly sources: Pick<Sources, 'matcher'>;
+  readonly reader: Pick<SourceReader, 'head'>;
+  readonly index: Pick<AnswerIndex, 'refresh' | 'find'>;
+  readonly parts: Pick<Parts, 'readPart'>;
+  readonly log: Logger;
+  /** Requests to source buckets at a time. */
+  readonly heads: number;
+}
+
+export interface ChunkRow {
+  readonly chunk: number;
+  /** Within the chunk. */
+  readonly row: number;
+  readonly manifest: ManifestRow;
+}
+
+/** A row of an earlier batch that asked the same. */
+interface Answer {
+  readonly found: PartRow;
+  readonly batch: BatchRow;
+}
+
+export type Rows = ReturnType<typeof createRows>;
+
+/** Why a source was not asked successfully just now: the decoder will ask again, with time and tries of its own. */
+const laterCodes = new Set(['source_unavailable']);
+const indexAgeMs = 5_000;
+
+export function createRows({ storage, sources, reader, index, parts, log, heads }: RowsDeps) {
+  const readPart = rememberLast(parts.readPart, 8);
+
+  /** @returns a job for each row, in their order. */
+  async function prepare(
+    batch: BatchRecord,
+    rows: readonly ChunkRow[],
+    signal: AbortSignal,
+  ): Promise<NewJobRecord[]> {
+    const matcher = await sources.matcher(batch.tenant);
+    const located = await inParallel(rows, heads, (row) => locate(batch, row, matcher, signal));
+    const known = await knownAnswers(batch, located, matcher);
+    return Promise.all(located.map((row, at) => jobOf(batch, row, known[at])));
+  }
+
+  interface Located extends ChunkRow {
+    readonly audio: JobRecord['audio'];
+    readonly problem?: ProblemError;
+  }
+
+  async function locate(
+    batch: BatchRecord,
+    row: ChunkRow,
+    matcher: SourceMatcher,
+    signal: AbortSignal,
+  ): Promise<Located> {
+    const { audio } = row.manifest;
+    if ('url' in audio) return { ...row, audio: { url: audio.url, filename: lastOf(audio.url) } };
+    try {
+      if ('upload' in audio)
+        return { ...row, audio: await findUpload(storage, batch.tenant, audio.upload, signal) };
+      const { bucket, key, etag, versionId } = audio.s3;
+      const place = { source: audio.s3, filename: lastOf(key) };
+      const source = matcher(bucket, key);
+      if (source === undefined) {
+        const problem = new ProblemError(
+          'source_not_allowed',
+          `No registered source holds s3://${bucket}/${key}: register its bucket at /v1/sources.`,
+        );
+        return { ...row, audio: place, problem };
+      }
+      if (etag !== undefined || versionId !== undefined) return { ...row, audio: place };
+      const facts = await reader.head(source, key, undefined, signal);
+      const { etag: found, size } = facts;
+      return { ...row, audio: { ...place, source: { bucket, key, etag: found, size } } };
+    } catch (error) {
+      if (!(error instanceof ProblemError)) throw error;
+      const place: JobRecord['audio'] =
+        's3' in audio
+          ? { source: audio.s3, filename: lastOf(audio.s3.key) }
+          : { key: '', size: 0, filename: audio.upload };
+      return laterCodes.has(error.code) ? { ...row, audio: place } : { ...row, audio: place, problem: error };
+    }
+  }
+
+  /** Of an earlier row on the same audio, with the same model and selection; or of the run that is repeated. */
+  async function knownAnswers(
+    batch: BatchRecord,
+    rows: readonly Located[],
+    matcher: SourceMatcher,
+  ): Promise<(Answer | undefined)[]> {
+    if (batch.force || batch.extras) return [];
+    const endpointOf = endpoints(matcher);
+    const keys = rows.map(({ manifest, audio }) =>
+      answerKeysOf(batch, { ...manifest, audio: asAsked(manifest.audio, audio) }, endpointOf),
+    );
+    if (keys.every((some) => some.length === 0)) return [];
+    try {
+      await index.refresh(batch.tenant, { maxAgeMs: indexAgeMs });
+    } catch (error) {
+      // Every row is then worked out anew: dearer, and right.
+      if (!(error instanceof InfrastructureFault) || error.part !== 'index') throw error;
+      log.warn({ err: error }, 'the index of known answers cannot be used');
+      return [];
+    }
+    const flat = keys.flat();
+    const found = index.find(batch.tenant, flat);
+    const byKey = new Map(flat.map((key, at) => [key, found[at]]));
+    const locators = keys.map((some) => some.map((key) => byKey.get(key)).find((l) => l !== undefined));
+    const answers: (Answer | undefined)[] = [];
+    for (const locator of locators) answers.push(locator && (await readAnswer(batch.tenant, locator)));
+    return answers;
+  }
+
+  async function readAnswer(tenant: string, { batchId, chunk, row }: Locator): Promise<Answer | undefined> {
+    try {
+      const found = (await readPart(tenant, batchId, chunk))[row];
+      return found?.state === 'completed' ? { found, batch: { id: batchId, chunk, row } } : undefined;
+    } catch (error) {
+      if (error instanceof ObjectNotFound) return undefined;
+      throw error;
+    }
+  }
+
+  async function jobOf(
+    batch: BatchRecord,
+    located: Located,
+    known: Answer | undefined,
+  ): Promise<NewJobRecord> {
+    const { chunk, row, manifest, audio, problem } = located;
+    const { tenant } = batch;
+    const place = {
+      tenant,
+      id: rowJobId(batch.id, rowIndex({ chunk, row })),
+      batch: { id: batch.id, chunk, row },
+    };
+    const base: NewJobRecord = {
+      ...place,
+      // Of a retry: under another generation its queue jobs have ids of their own.
+      generation: batch.round + 1,
+      createdAt: Date.now(),
+      traceparent: `00-${randomBytes(16).toString('hex')}-${randomBytes(8).toString('hex')}-01`,
+      modelDigest: batch.modelDigest,
+      modelName: batch.modelName,
+      modelVersion: batch.modelVersion,
+      profileHash: batch.profileHash,
+      audio,
+      selection: selectionOf(batch, manifest),
+      presentation: batch.presentation,
+      ...(batch.extras ? { extras: batch.extras } : {}),
+      class: batch.class,
+      revision: batch.revision,
+      ...(manifest.ref === undefined ? {} : { ref: manifest.ref }),
+    };
+    if (problem) return { ...base, state: 'failed', error: problem.toStored() };
+    if (known && (await takeTimeline(base, known))) {
+      const { decoded, outcome } = known.found;
+      return { ...base, state: 'completed', reused: true, outcome, decoded };
+    }
+    const tensor = await tensorOf(batch, located);
+    if (tensor) return { ...base, state: 'decoded', decoded: tensor };
+    return { ...base, state: firstState(audio) };
+  }
+
+  /** A long recording's windows lie beside its row. @returns false when they are gone: then it is heard anew. */
+  async function takeTimeline(job: NewJobRecord, { found, batch }: Answer): Promise<boolean> {
+    if (found.outcome?.windows !== undefined) return true;
+    try {
+      const old = timelineKey({ tenant: job.tenant, id: found.jobId, batch });
+      await storage.put(timelineKey(job), await storage.read(old));
+      return true;
+    } catch (error) {
+      if (error instanceof ObjectNotFound) return false;
+      throw error;
+    }
+  }
+
+  /** What the repeated run decoded, when the new model reads the same tensors. A tensor that is gone is made again. */
+  async function tensorOf(batch: BatchRecord, { chunk, row }: ChunkRow): Promise<JobRecord['decoded']> {
+    if (batch.tensorsOf === undefined) return undefined;
+    try {
+      return (await readPart(batch.tenant, batch.tensorsOf, chunk))[row]?.decoded;
+    } catch (error) {
+      if (error instanceof ObjectNotFound) return undefined;
+      throw error;
+    }
+  }
+
+  return { prepare };
+}
+
+/** The place of an object, once its ETag is known. */
+function asAsked(asked: ManifestRow['audio'], audio: JobRecord['audio']): ManifestRow['audio'] {
+  return 's3' in asked && 'source' in audio ? { s3: audio.source } : asked;
+}
+
+const lastOf = (path: string): string => {
+  const name = path.split(/[?#]/)[0]!.split('/').at(-1) ?? '';
+  return [...name].slice(0, 255).join('') || 'unnamed';
+};
+
+async function inParallel<In, Out>(
+  items: readonly In[],
+  limit: number,
+  work: (item: In) => Promise<Out>,
+): Promise<Out[]> {
+  const results = new Array<Out>(items.length);
+  let next = 0;
+  const worker = async () => {
+    while (next < items.length) {
+      const at = next++;
+      results[at] = await work(items[at]!);
+    }
+  };
+  await Promise.all(Array.from({ length: Math.min(limit, items.length) }, worker));
+  return results;
+}
+
+/** Rows of one chunk mostly come from one old part: it is read once. */
+function rememberLast(
+  read: (tenant: string, batchId: string, chunk: number) => Promise<PartRow[]>,
+  most: number,
+): typeof read {
+  const last = new Map<string, Promise<PartRow[]>>();
+  return (tenant, batchId, chunk) => {
+    const key = `${batchPrefix(tenant, batchId)}${chunk}`;
+    const known = last.get(key);
+    if (known) return known;
+    const reading = read(tenant, batchId, chunk);
+    last.set(key, reading);
+    reading.catch(() => last.delete(key));
+    if (last.size > most) last.delete(last.keys().next().value!);
+    return reading;
+  };
+}

@@ -80,8 +80,13 @@ export interface SourceReader {
 }
 
 export interface SourceReaderOptions {
-  /** The egress guard: what a tenant's endpoint may not reach, these refuse to connect to. */
-  readonly guard: { readonly httpAgent: HttpAgent; readonly httpsAgent: HttpsAgent };
+  /** The egress guard: what a tenant's endpoint may not reach, its agents refuse to connect to. */
+  readonly guard: {
+    readonly httpAgent: HttpAgent;
+    readonly httpsAgent: HttpsAgent;
+    /** Whether the operator has opened this host: there, plain http may be spoken. */
+    opens(host: string, port: number): boolean;
+  };
   readonly secrets: Pick<Secrets, 'open'>;
   readonly registry: Registry;
   readonly limits?: Partial<SourceLimits>;
@@ -129,7 +134,8 @@ export function createSourceReader({ guard, secrets, registry, limits }: SourceR
   // From the first scrape on: "no read at all" is something to be seen.
   for (const operation of ['GET', 'HEAD', 'LIST']) reads.inc({ operation }, 0);
 
-  const http = new NodeHttpHandler({ ...guard, connectionTimeout: connectMs });
+  const { httpAgent, httpsAgent } = guard;
+  const http = new NodeHttpHandler({ httpAgent, httpsAgent, connectionTimeout: connectMs });
 
   /** Least recently used first. A line holds no connections: those are the guard's. */
   const lines = new Map<string, Line>();
@@ -143,7 +149,18 @@ export function createSourceReader({ guard, secrets, registry, limits }: SourceR
     return line;
   }
 
+  /** @throws {ProblemError} source_not_allowed: elsewhere anybody on the way could read and change what comes. */
+  function checkScheme({ name, endpoint = 'https://aws' }: Source): void {
+    const { protocol, hostname, port } = new URL(endpoint);
+    if (protocol === 'https:' || guard.opens(hostname, Number(port) || 80)) return;
+    throw new ProblemError(
+      'source_not_allowed',
+      `This service does not connect to the endpoint of the source "${name}" over plain http: it takes https://, except for hosts that its operator has opened.`,
+    );
+  }
+
   function openLine(source: Source): Line {
+    checkScheme(source);
     const handler = boundedHandler(http, {
       asked: (operation) => reads.inc({ operation }),
       answered() {

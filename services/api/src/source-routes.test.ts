@@ -128,7 +128,7 @@ test('what the source said is told, and nothing is registered, unless nobody ask
     ],
     [{ bucket: 'nowhere' }, 422, 'source_not_found', /no bucket nowhere/],
     [{ endpoint: 'http://127.0.0.1:9' }, 502, 'source_unavailable', /ECONNREFUSED/],
-    [{ endpoint: 'http://169.254.169.254' }, 403, 'source_not_allowed', /does not connect/],
+    [{ endpoint: 'https://169.254.169.254' }, 403, 'source_not_allowed', /does not connect/],
     [{ endpoint: 'http://10.1.2.3:9000' }, 403, 'source_not_allowed', /does not connect/],
   ];
   for (const [definition, status, code, words] of cases) {

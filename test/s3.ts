@@ -35,6 +35,8 @@ export interface TestS3 extends AsyncDisposable {
   unfinishedParts(): Promise<number>;
   /** Every request so far, as `GET /music/some/prefix/key?query`. */
   readonly requests: string[];
+  /** Requests for which it says so are answered 503 (the SDK tries three times). */
+  fails: (request: string) => boolean;
 }
 
 export const testCredentials = { accessKeyId: 'S3RVER', secretAccessKey: 'S3RVER' };
@@ -65,8 +67,10 @@ export async function startS3(bucket = 'music'): Promise<TestS3> {
     configureBuckets: [{ name: bucket, configs: [] }],
   });
   server.middleware.unshift(async (context: Context, next: () => Promise<void>) => {
-    requests.push(`${context.method} ${context.path}${context.querystring && `?${context.querystring}`}`);
+    const line = `${context.method} ${context.path}${context.querystring && `?${context.querystring}`}`;
+    requests.push(line);
     try {
+      if (self.fails(line)) throw new Refusal(503, 'ServiceUnavailable');
       if (context.query['X-Amz-Signature'] !== undefined) checkSignature(context);
       await answer(context, next);
     } catch (error) {
@@ -234,7 +238,7 @@ export async function startS3(bucket = 'music'): Promise<TestS3> {
 
   const { port } = await server.run();
   const endpoint = `http://127.0.0.1:${port}`;
-  return {
+  const self: TestS3 = {
     url: `s3://${bucket}/some/prefix?endpoint=${endpoint}&region=us-east-1`,
     endpoint,
     requests,
@@ -248,7 +252,9 @@ export async function startS3(bucket = 'music'): Promise<TestS3> {
       await server.close();
       await rm(directory, { recursive: true, force: true });
     },
+    fails: () => false,
   };
+  return self;
 }
 
 const escapeXml = (text: string) => text.replaceAll('&', '&amp;').replaceAll('<', '&lt;');

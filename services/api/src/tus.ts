@@ -3,19 +3,24 @@
  * the protocol and keeps the bytes; whose an upload is, when it is finished and when it goes is decided in
  * `uploads.ts`.
  */
-import { open } from 'node:fs/promises';
+import { randomUUID } from 'node:crypto';
+import { type FileHandle, open, rm } from 'node:fs/promises';
 import type { IncomingMessage, ServerResponse } from 'node:http';
+import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { Readable } from 'node:stream';
 import { InfrastructureFault, ProblemError } from '@acousticsense/shared/errors';
 import { uploadKey } from '@acousticsense/shared/object-keys';
 import { ObjectNotFound, type Storage } from '@acousticsense/shared/storage';
-import { isUploadId, type UploadRecord } from '@acousticsense/shared/uploads';
+import { isUploadId, type UploadRecord, uploadRecordKey } from '@acousticsense/shared/uploads';
 import { FileStore } from '@tus/file-store';
 import { S3Store } from '@tus/s3-store';
 import { DataStore, ERRORS, type ServerOptions, Server as TusServer, type Upload } from '@tus/server';
 import type { Logger } from 'pino';
 import type { UploadLocks } from './upload-locks.ts';
+
+/** The smallest that S3 takes; more would only wait longer in scratch. */
+const partSize = 5 * 1024 * 1024;
 
 export const tusPath = '/v1/uploads/tus';
 
@@ -80,8 +85,9 @@ export function createTus({ storage, locks, log, maxBytes, expiryMs, newId, hook
 
   function bucketStore() {
     if (backing.kind !== 'bucket') throw new TypeError('no bucket');
-    return new PartByPartStore({
+    return new BucketStore(storage, (file) => file.slice(root.length), {
       s3ClientConfig: { ...backing.client, bucket: backing.bucket },
+      partSize,
       useTags: false,
       // Nothing remembered: another process may have changed it.
       cache: { get: async () => undefined, set: async () => {}, delete: async () => {} },
@@ -108,12 +114,7 @@ export function createTus({ storage, locks, log, maxBytes, expiryMs, newId, hook
     override async getUpload(file: string): Promise<Upload> {
       const record = await hooks.read(...ownerOf(file));
       if (record === undefined) throw ERRORS.FILE_NOT_FOUND;
-      const upload = await store.getUpload(file).catch(async (error) => {
-        // The library calls an upload unknown whatever kept it from looking; a client would start all over.
-        if (error === ERRORS.FILE_NOT_FOUND && (await storage.stat(`${file.slice(root.length)}.info`)))
-          throw new InfrastructureFault('storage', 'The state of an upload could not be read', error);
-        throw error;
-      });
+      const upload = await store.getUpload(file);
       // Who is told that everything has come relies on a finished upload, also after a death in between.
       if (upload.offset === record.size) await finish(file, record);
       return upload;
@@ -188,33 +189,134 @@ export function createTus({ storage, locks, log, maxBytes, expiryMs, newId, hook
         // Nothing was begun in it, or it is complete: then its object is all there is.
         if (error !== ERRORS.FILE_NOT_FOUND) throw error;
       });
-      for (const ending of ['.info', '.part']) await storage.delete(uploadKey(tenant, id) + ending);
+      for await (const { key } of storage.list(`${uploadKey(tenant, id)}.`))
+        if (key !== uploadRecordKey(tenant, id)) await storage.delete(key);
     },
   };
 }
 
 /**
- * The library sends parts side by side. A process that dies then leaves a gap between them, and the sum of what is
- * there passes for the offset: the upload would be completed with bytes missing. One after the other there is none.
+ * The library's store for S3, with a writing of its own:
+ * - Parts go one after the other. Side by side, a process that dies leaves a gap between them, and the sum of what is
+ *   there passes for the offset: the upload would be completed with bytes missing.
+ * - Bytes too few for a part wait in an object that is named after the offset at which they begin. So it counts only
+ *   until the part that holds them is there, and is never deleted before.
+ * - What came before a cut is stored, then the cut is told.
+ * - No file outlives its process, and no handle is left to the garbage collector, which ends a process for it.
  */
-class PartByPartStore extends S3Store {
-  override write(source: Readable, file: string, offset: number): Promise<number> {
-    const alone = Object.create(this, { partUploadSemaphore: { value: oneAtATime() } }) as S3Store;
-    return super.write.call(alone, source, file, offset);
+class BucketStore extends S3Store {
+  readonly #storage: Storage;
+  readonly #keyOf: (file: string) => string;
+
+  constructor(
+    storage: Storage,
+    keyOf: (file: string) => string,
+    options: ConstructorParameters<typeof S3Store>[0],
+  ) {
+    super(options);
+    this.#storage = storage;
+    this.#keyOf = keyOf;
+  }
+
+  override async getUpload(file: string): Promise<Upload> {
+    const { upload, start } = await this.#look(file);
+    if (start === undefined) return Object.assign(upload, { offset: upload.size! });
+    const rest = await this.#storage.stat(this.#restKey(file, start));
+    return Object.assign(upload, { offset: start + (rest?.size ?? 0) });
+  }
+
+  override async write(source: Readable, file: string, offset: number): Promise<number> {
+    const metadata = await this.getMetadata(file);
+    const size = metadata.file.size!;
+    const parts = await this.retrieveParts(file);
+    const partBytes = this.calcOptimalPartSize(size);
+    let number = parts.length;
+    let start = sumOf(parts);
+    await using scratch = await openUnnamed();
+    /** Bytes from `start` on that lie in scratch. */
+    let held = 0;
+    let cut: { error: unknown } | undefined;
+
+    const hold = async (bytes: Uint8Array) => {
+      await scratch.write(bytes, 0, bytes.length, held);
+      held += bytes.length;
+    };
+    // In memory only while it is sent: a slow client costs disk. As bytes, it can be sent again.
+    const read = async () => (await scratch.read({ buffer: Buffer.alloc(held), position: 0 })).buffer;
+    const sendPart = async () => {
+      number += 1;
+      await this.client.uploadPart({
+        Bucket: this.bucket,
+        Key: file,
+        UploadId: metadata['upload-id'],
+        PartNumber: number,
+        Body: await read(),
+      });
+      const rest = this.#restKey(file, start);
+      start += held;
+      held = 0;
+      await this.#storage.delete(rest);
+    };
+
+    try {
+      if (offset > start) {
+        for await (const bytes of await this.#storage.get(this.#restKey(file, start))) await hold(bytes);
+      }
+      if (start + held !== offset) throw ERRORS.INVALID_OFFSET;
+      const come = source[Symbol.asyncIterator]();
+      for (;;) {
+        const next = await come.next().catch((error: unknown) => {
+          cut = { error };
+        });
+        if (!next || next.done) break;
+        for (let bytes: Uint8Array = next.value; bytes.length > 0; ) {
+          const taken = bytes.subarray(0, partBytes - held);
+          await hold(taken);
+          if (held === partBytes) await sendPart();
+          bytes = bytes.subarray(taken.length);
+        }
+      }
+      if (held >= this.minPartSize || (held > 0 && start + held === size)) await sendPart();
+      else if (held > 0 && start + held > offset)
+        await this.#storage.put(this.#restKey(file, start), await read());
+    } finally {
+      source.destroy();
+    }
+    const reached = start + held;
+    if (reached === size) await this.finishMultipartUpload(metadata, await this.retrieveParts(file));
+    if (cut) throw cut.error;
+    return reached;
+  }
+
+  /** @returns the sum of its parts; undefined when they have been put together. */
+  async #look(file: string): Promise<{ upload: Upload; start: number | undefined }> {
+    const { file: upload } = await this.getMetadata(file).catch((error) => {
+      throw isAbsent(error) ? ERRORS.FILE_NOT_FOUND : error;
+    });
+    try {
+      return { upload, start: sumOf(await this.retrieveParts(file)) };
+    } catch (error) {
+      if (!isAbsent(error)) throw error;
+      if ((await this.#storage.stat(this.#keyOf(file))) === undefined) throw ERRORS.FILE_NO_LONGER_EXISTS;
+      return { upload, start: undefined };
+    }
+  }
+
+  #restKey(file: string, start: number): string {
+    return `${this.#keyOf(file)}.${start}.part`;
   }
 }
 
-function oneAtATime() {
-  let last: Promise<void> = Promise.resolve();
-  return {
-    async acquire() {
-      const { promise, resolve } = Promise.withResolvers<void>();
-      const before = last;
-      last = promise;
-      await before;
-      return { release: async () => resolve() };
-    },
-  };
+const sumOf = (parts: { Size?: number | undefined }[]) => parts.reduce((sum, { Size = 0 }) => sum + Size, 0);
+const isAbsent = (error: unknown) =>
+  error instanceof Error && ['NoSuchKey', 'NoSuchUpload', 'NotFound'].includes(error.name);
+
+/** A file without a name: gone with its handle, also when the process is killed. */
+async function openUnnamed(): Promise<FileHandle> {
+  const file = path.join(tmpdir(), `acousticsense-upload-${randomUUID()}`);
+  const handle = await open(file, 'wx+', 0o600);
+  await rm(file);
+  return handle;
 }
 
 /** Before the record says that everything is there, it must be there after a power cut too. */

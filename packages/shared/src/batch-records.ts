@@ -7,7 +7,7 @@ import { readFileSync } from 'node:fs';
 import type { Redis } from 'ioredis';
 import { type BatchRecord, type BatchState, batchRecordSchema } from './batch.ts';
 import { keys, type Retention } from './job-records.ts';
-import { chunkRows } from './manifest.ts';
+import { type BadRow, chunkRows } from './manifest.ts';
 import { timeOf } from './object-keys.ts';
 import { withRedis } from './redis.ts';
 
@@ -60,7 +60,10 @@ export interface BatchRecords {
     ref: BatchRef,
     step: { chunk: number; rows: number; bad: number; walked?: string; last?: boolean },
   ): Promise<BatchResult>;
-  seal(ref: BatchRef, step: { bad: number; error?: { code: string; message: string } }): Promise<BatchResult>;
+  seal(
+    ref: BatchRef,
+    step: { bad: number; firstBad?: readonly BadRow[]; error?: { code: string; message: string } },
+  ): Promise<BatchResult>;
   cancel(ref: BatchRef): Promise<BatchResult>;
   pause(ref: BatchRef): Promise<BatchResult>;
   resume(ref: BatchRef): Promise<BatchResult>;
@@ -118,7 +121,7 @@ type ScriptedRedis = Redis & {
   acousticsenseBatch(numberOfKeys: number, ...keysAndArgument: string[]): Promise<[string, string]>;
 };
 
-const jsonFields = ['origin', 'selection', 'presentation', 'extras', 'error'] as const;
+const jsonFields = ['origin', 'selection', 'presentation', 'extras', 'error', 'firstBad'] as const;
 const textFields = new Set<string>([
   'id',
   'tenant',
@@ -209,8 +212,12 @@ export function createBatchRecords(redis: Redis, retention: Retention): BatchRec
     nextRevision: (tenant) => withRedis(() => redis.incr(keys.revision(tenant))),
 
     append: (ref, step) => run(ref, 'append', step),
-    seal: (ref, { bad, error }) =>
-      run(ref, 'seal', { bad, ...(error ? { error: JSON.stringify(error) } : {}) }),
+    seal: (ref, { bad, firstBad = [], error }) =>
+      run(ref, 'seal', {
+        bad,
+        ...(firstBad.length > 0 ? { firstBad: JSON.stringify(firstBad) } : {}),
+        ...(error ? { error: JSON.stringify(error) } : {}),
+      }),
     cancel: (ref) => run(ref, 'cancel'),
     pause: (ref) => run(ref, 'pause'),
     resume: (ref) => run(ref, 'resume'),
@@ -274,9 +281,15 @@ function toHash(fields: Record<string, unknown>): Record<string, string> {
 }
 
 function fromHash(hash: Record<string, string>): BatchRecord {
-  const record: Record<string, unknown> = {};
+  const faults: BatchRecord['faults'] = [];
+  const record: Record<string, unknown> = { faults };
   for (const [field, text] of Object.entries(hash)) {
     if (field.startsWith('left:')) continue;
+    if (field.startsWith('fault:')) {
+      const { row, error } = JSON.parse(text) as { row: number; error: string };
+      faults.push({ row, error: JSON.parse(error) });
+      continue;
+    }
     record[field] = textFields.has(field) ? text : Number(text);
   }
   for (const field of jsonFields) if (hash[field] !== undefined) record[field] = JSON.parse(hash[field]);

@@ -19,7 +19,7 @@
 
   ARGV[1]  JSON: op, id, now (epoch ms), iso (the same time as text), retention (seconds), eventsKept, and by op:
     append   chunk, rows, bad, walked, last  a further chunk of the manifest lies in storage; the last one seals
-    seal     bad, error                    the manifest is complete; with an error the batch ends as failed
+    seal     bad, firstBad, error          the manifest is complete; with an error the batch ends as failed
     open     chunk, rows                   the chunk after the last one is opened
     reopen   chunk, states, failed         of a retry: opened again for rows whose state is '.'
     skip     chunk                         of a retry: nothing in this chunk failed
@@ -103,6 +103,7 @@ elseif a.op == 'seal' then
   if state ~= 'receiving' and state ~= 'running' and state ~= 'paused' then return { 'refused', state } end
   redis.call('HSET', batch, 'sealed', 1)
   add('bad', a.bad)
+  if a.firstBad then redis.call('HSET', batch, 'firstBad', a.firstBad) end
   if a.error then redis.call('HSET', batch, 'error', a.error) end
   if state == 'receiving' then become('running') end
   settle()

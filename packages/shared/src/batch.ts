@@ -2,7 +2,7 @@
 import { z } from 'zod';
 import { verdicts } from './house-genres.ts';
 import { jobRecordSchema, selectionSchema } from './job.ts';
-import { manifestRowSchema } from './manifest.ts';
+import { badRowSchema, manifestRowSchema } from './manifest.ts';
 
 /**
  * `receiving`: its manifest comes in. `cancelling`: what runs is being stopped. `failed`: the prefix that it was to
@@ -63,6 +63,11 @@ export const batchRecordSchema = z.object({
   round: z.int().default(0),
   sealed: z.boolean().default(false),
   error: z.object({ code: z.string(), message: z.string() }).optional(),
+  /** The first rows of the manifest that could not be used, and the first that failed. */
+  firstBad: z.array(badRowSchema).default([]),
+  faults: z
+    .array(z.object({ row: z.int(), error: z.object({ code: z.string(), message: z.string() }) }))
+    .default([]),
   /** Of a walked prefix: the last key that lies in a chunk. */
   walked: z.string().optional(),
   /** Rows that ended per second, lately; measured by the feeder. */

@@ -27,7 +27,7 @@
     events         array of strings (JSON objects)
     eventsKept     about how many events the stream keeps
     channel        pub/sub channel
-    batch          of a row: { id, chunk, row, tally = array of further counters to raise when it ends }
+    batch          of a row: { id, chunk, row, index = row within the batch, tally = array of further counters to raise when it ends }
 
   Returns {outcome, state, generation, version}
     "committed"  the record is now in `to`
@@ -86,7 +86,11 @@ if a.batch then
   if ending or not state then
     redis.call('SETRANGE', KEYS[5], a.batch.row, ending or 'o')
     redis.call('HINCRBY', KEYS[4], state and 'open' or 'waiting', -1)
-    redis.call('HINCRBY', KEYS[4], ending and a.to or 'open', 1)
+    local count = redis.call('HINCRBY', KEYS[4], ending and a.to or 'open', 1)
+    -- The first failures are told with the batch, long before its results are read.
+    if a.to == 'failed' and count <= 20 then
+      redis.call('HSET', KEYS[4], 'fault:' .. count, cjson.encode({ row = a.batch.index, error = a.set.error }))
+    end
   end
   if ending then
     for _, counter in ipairs(a.batch.tally) do redis.call('HINCRBY', KEYS[4], counter, 1) end

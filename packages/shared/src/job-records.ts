@@ -196,7 +196,7 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
       ),
       eventsKept: retention.events,
       channel: changesChannel,
-      ...(batch ? { batch: { ...batch, tally } } : {}),
+      ...(batch ? { batch: { ...batch, index: rowIndex(batch), tally } } : {}),
     });
     const touched = [keys.record(tenant, ref.jobId), keys.open(tenant), keys.events(tenant)];
     if (batch)

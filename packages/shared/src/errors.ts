@@ -122,6 +122,8 @@ export interface ProblemDetails {
   readonly field?: string;
   /** Seconds after which it makes sense to try again. */
   readonly retryAfter?: number;
+  /** Epoch milliseconds at which what was asked for was deleted. */
+  readonly deletedAt?: number;
 }
 
 /** The part of a problem that is stored in a job record. */
@@ -187,6 +189,9 @@ export function toProblemJson(error: ProblemError, instance?: string): Record<st
     code: error.code,
     retryable: error.retryable,
     ...(error.details.field === undefined ? {} : { field: error.details.field }),
+    ...(error.details.deletedAt === undefined
+      ? {}
+      : { deletedAt: new Date(error.details.deletedAt).toISOString() }),
     ...(instance === undefined ? {} : { instance }),
   };
 }

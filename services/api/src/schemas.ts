@@ -192,6 +192,7 @@ export const problemSchema = z.looseObject({
   code: z.enum(problemCodes).describe('stable'),
   retryable: z.boolean(),
   field: z.string().optional(),
+  deletedAt: z.iso.datetime().optional().describe('of what is gone'),
 });
 
 export const spectrogramQuerySchema = z.strictObject({

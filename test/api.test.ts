@@ -474,6 +474,8 @@ describe('the API', () => {
       '/v1/jobs/{id}/spectrogram.png',
       '/v1/jobs/{id}/vectors',
       '/v1/model',
+      '/v1/sources',
+      '/v1/sources/{name}',
     ]);
     for (const operations of Object.values(body.paths)) {
       for (const operation of Object.values(operations as Record<string, { responses?: object }>)) {

@@ -107,8 +107,9 @@ test('registering again replaces all of a source, credentials included, and keep
   const sources = open();
   const first = await register(sources, 'albums', { credentials });
   const again = await sources.prepare('acme', 'albums', define({ prefix: 'new/' }));
-  assert.equal(await sources.save({ ...again, createdAt: first.createdAt + 5 }), false);
+  const saved = await sources.save({ ...again, createdAt: first.createdAt + 5 });
   const stored = await sources.get('acme', 'albums');
+  assert.deepEqual(saved, { source: stored, isNew: false });
   assert.equal(stored?.sealed, undefined);
   assert.equal(presentSource(stored!).access, 'anonymous');
   assert.equal(stored?.createdAt, first.createdAt);

@@ -118,10 +118,10 @@ export interface Sources {
   prepare(tenant: string, name: string, definition: SourceDefinition): Promise<Source>;
   /**
    * Registers a prepared source, replacing all of one of the same name.
-   * @returns whether the name is new.
+   * @returns the source as it is stored, and whether its name is new.
    * @throws {ProblemError} too_many_sources, bad_option: another source has this bucket and prefix
    */
-  save(source: Source): Promise<boolean>;
+  save(source: Source): Promise<{ source: Source; isNew: boolean }>;
   list(tenant: string): Promise<Source[]>;
   get(tenant: string, name: string): Promise<Source | undefined>;
   /** @returns false when there was none. */
@@ -239,7 +239,7 @@ export function createSources({ redis, secrets, storageUrl }: SourcesOptions): S
       await withRedis(() => redis.sadd(keys.tenants, tenant));
       const json = JSON.stringify({ ...source, createdAt } satisfies StoredSource);
       await withRedis(() => redis.hset(keys.sources(tenant), source.name, json));
-      return before === null;
+      return { source: { ...source, createdAt, tenant }, isNew: before === null };
     },
 
     list,

@@ -59,9 +59,9 @@ export function createSourceRoutes({ sources, reader, tenantOf }: SourceRoutesDe
     const { verify } = parseOptions(sourceQuerySchema, request.query);
     const { name } = parseOptions(z.object({ name: sourceNameSchema }), request.params);
     const definition = parseOptions(sourceDefinitionSchema, bodyOf(request));
-    const source = await sources.prepare(tenantOf(response), name, definition);
-    const verification = verify === 'true' ? { firstKey: (await checked(source)) ?? null } : undefined;
-    const isNew = await sources.save(source);
+    const prepared = await sources.prepare(tenantOf(response), name, definition);
+    const verification = verify === 'true' ? { firstKey: (await checked(prepared)) ?? null } : undefined;
+    const { source, isNew } = await sources.save(prepared);
     response
       .status(isNew ? 201 : 200)
       .location(`/v1/sources/${name}`)

@@ -97,6 +97,8 @@ export interface BatchRecords {
   saved(ref: BatchRef): Promise<BatchResult>;
   /** Forgets a batch that has ended; when it was deleted is remembered for a year. */
   remove(ref: BatchRef, deletedAt: number): Promise<void>;
+  /** As if it had never been: of a manifest that broke off. */
+  forget(ref: BatchRef): Promise<void>;
   deletedAt(ref: BatchRef): Promise<number | undefined>;
 }
 
@@ -260,6 +262,18 @@ export function createBatchRecords(redis: Redis, retention: Retention): BatchRec
           .del(keys.batch(tenant, id))
           .zrem(keys.batches(tenant), id)
           .srem(keys.activeBatches(tenant), id)
+          .exec(),
+      );
+    },
+
+    async forget({ tenant, id }) {
+      await withRedis(() =>
+        redis
+          .multi()
+          .del(keys.batch(tenant, id))
+          .zrem(keys.batches(tenant), id)
+          .srem(keys.activeBatches(tenant), id)
+          .srem(keys.ended(tenant), `${id}/batch`)
           .exec(),
       );
     },

@@ -28,6 +28,7 @@ const kinds = {
   not_found: { status: 404, title: 'There is nothing at this address', retryable: false },
   tenant_not_found: { status: 404, title: 'No such tenant', retryable: false },
   batch_not_found: { status: 404, title: 'No such batch', retryable: false },
+  mapping_not_found: { status: 404, title: 'No such mapping', retryable: false },
   result_not_found: { status: 404, title: 'No such result', retryable: false },
   job_not_found: { status: 404, title: 'No such job', retryable: false },
   no_spectrogram: { status: 404, title: 'This job has no spectrogram', retryable: false },

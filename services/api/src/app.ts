@@ -15,17 +15,22 @@ import express, { type ErrorRequestHandler, type Express, type Request, type Res
 import helmet from 'helmet';
 import { Histogram } from 'prom-client';
 import { guardAccess, tenantOf } from './access.ts';
+import { createBatchRoutes } from './batch-routes.ts';
+import type { Batches } from './batches.ts';
 import type { Changes } from './changes.ts';
 import type { ApiConfig } from './config.ts';
 import { extras, readExtra } from './extras.ts';
 import type { Idempotency } from './idempotency.ts';
 import { type Jobs, parseOptions } from './jobs.ts';
 import { type Limits, limitRequests } from './limits.ts';
+import type { Mappings } from './mappings.ts';
 import { openApiDocument } from './openapi.ts';
 import { topGenres } from './presentation.ts';
 import { type ModelResource, type Prediction, spectrogramQuerySchema } from './schemas.ts';
 import { createSourceRoutes } from './source-routes.ts';
 import { drawSpectrogram, side } from './spectrogram.ts';
+import { createUploadRoutes } from './upload-routes.ts';
+import type { Uploads } from './uploads.ts';
 
 export interface AppDeps {
   readonly service: Service;
@@ -36,8 +41,11 @@ export interface AppDeps {
   readonly tenants: Tenants;
   readonly limits: Limits;
   readonly idempotency: Idempotency;
+  readonly batches: Batches;
+  readonly mappings: Mappings;
   readonly sources: Sources;
   readonly sourceReader: SourceReader;
+  readonly uploads: Uploads;
 }
 
 /** How long a client may go on sending an upload that was refused. */
@@ -45,7 +53,7 @@ const lingerMs = 10_000;
 
 export function createApp(deps: AppDeps): Express {
   const { service, config, jobs, changes, storage, sources, sourceReader } = deps;
-  const { tenants, limits, idempotency } = deps;
+  const { batches, mappings, tenants, limits, idempotency } = deps;
   const app = express();
   app.disable('x-powered-by');
   app.disable('etag');
@@ -155,7 +163,14 @@ export function createApp(deps: AppDeps): Express {
       mel_spectrogram_url: `${request.protocol}://${request.headers.host}${job.links.spectrogram}`,
     } satisfies Prediction);
   });
+  const { closing, log } = service;
+  app.use(
+    createBatchRoutes({
+      ...{ batches, mappings, jobs, idempotency, storage, tenantOf, closing, log },
+    }),
+  );
   app.use(createSourceRoutes({ sources, reader: sourceReader, tenantOf }));
+  app.use(createUploadRoutes(deps.uploads, tenantOf));
   app.get('/openapi.json', (_request, response) => {
     response.json(openApiDocument());
   });
@@ -165,6 +180,11 @@ export function createApp(deps: AppDeps): Express {
     [['/v1/jobs/:id/events', '/v1/jobs/:id/spectrogram.png'], 'GET, HEAD'],
     [extras.map((extra) => `/v1/jobs/:id/${extra}`), 'GET, HEAD'],
     [['/v1/model', '/openapi.json'], 'GET, HEAD'],
+    [['/v1/batches'], 'GET, HEAD, POST'],
+    [['/v1/batches/:id'], 'GET, HEAD, DELETE'],
+    [['/v1/batches/:id/events', '/v1/batches/:id/bad-rows.jsonl', '/v1/mappings'], 'GET, HEAD'],
+    [['cancel', 'pause', 'resume', 'retry-failed'].map((what) => `/v1/batches/:id/${what}`), 'POST'],
+    [['/v1/mappings/:name'], 'PUT, DELETE'],
   ] as const) {
     app.all([...at], (request, response) => {
       response.set('allow', allowed);

@@ -40,10 +40,25 @@ const schema = z.object({
   ROWS_PER_DAY: z.coerce.number().int().min(0).default(0),
   /** How many bytes a tenant may upload in a day; 0: any number. */
   BYTES_PER_DAY: z.coerce.number().int().min(0).default(0),
+  /** How many rows a manifest may have. */
+  MAX_BATCH_ROWS: z.coerce.number().int().positive().default(1_000_000),
+  /** How many batches of a tenant may be under way before further ones are refused. */
+  MAX_ACTIVE_BATCHES: z.coerce.number().int().positive().default(100),
+  /** Directory of the local copies of the index of known answers; default: `index` in DATA_DIR. */
+  INDEX_DIR: z.string().optional(),
   /** How long POST /api/predict/ waits for the result. */
   PREDICT_TIMEOUT_SECONDS: z.coerce.number().positive().default(120),
   /** How long an uploaded file is kept after it came. */
   AUDIO_RETENTION_HOURS: z.coerce.number().positive().default(24),
+  /** How long an upload by tus or signed URLs may stay unfinished. */
+  UPLOAD_EXPIRY_HOURS: z.coerce.number().positive().default(24),
+  /** How long a signed URL of an upload can be used. */
+  UPLOAD_URL_SECONDS: z.coerce
+    .number()
+    .int()
+    .min(1)
+    .max(7 * 24 * 3_600)
+    .default(3_600),
   /** How long a decoded tensor is kept to save decoding the same audio again. */
   TENSOR_RETENTION_HOURS: z.coerce.number().positive().default(24),
   /** How often the reconciler looks. */
@@ -66,8 +81,13 @@ export interface ApiConfig extends ServiceConfig, CommonConfig {
   readonly bytesPerDay: number;
   readonly predictTimeoutMs: number;
   readonly audioRetentionMs: number;
+  readonly maxBatchRows: number;
+  readonly maxActiveBatches: number;
+  readonly indexDirectory: string;
   readonly resultRetentionMs: number;
   readonly tensorRetentionMs: number;
+  readonly uploadExpiryMs: number;
+  readonly uploadUrlMs: number;
   readonly reconcileMs: number;
   readonly reconcileAfterMs: number;
 }
@@ -99,8 +119,13 @@ export function loadConfig(env: NodeJS.ProcessEnv): ApiConfig {
     bytesPerDay: read.BYTES_PER_DAY,
     predictTimeoutMs: read.PREDICT_TIMEOUT_SECONDS * 1_000,
     audioRetentionMs: read.AUDIO_RETENTION_HOURS * hour,
+    maxBatchRows: read.MAX_BATCH_ROWS,
+    maxActiveBatches: read.MAX_ACTIVE_BATCHES,
+    indexDirectory: path.resolve(read.INDEX_DIR ?? path.join(read.DATA_DIR, 'index'), 'api'),
     resultRetentionMs: read.RESULT_RETENTION_DAYS * 24 * hour,
     tensorRetentionMs: read.TENSOR_RETENTION_HOURS * hour,
+    uploadExpiryMs: read.UPLOAD_EXPIRY_HOURS * hour,
+    uploadUrlMs: read.UPLOAD_URL_SECONDS * 1_000,
     reconcileMs: read.RECONCILE_SECONDS * 1_000,
     reconcileAfterMs: read.RECONCILE_AFTER_SECONDS * 1_000,
     metricsHost: '',

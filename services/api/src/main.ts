@@ -1,18 +1,24 @@
 import { createServer } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { openSources } from '@acousticsense/egress/open-sources';
+import { createAnswerIndex } from '@acousticsense/shared/answer-index';
 import { openBackends } from '@acousticsense/shared/backends';
+import { createBatchRecords } from '@acousticsense/shared/batch-records';
 import { StartupError } from '@acousticsense/shared/errors';
 import { type Service, startService } from '@acousticsense/shared/service';
 import { createTenants } from '@acousticsense/shared/tenants';
 import { Gauge } from 'prom-client';
 import { createApp } from './app.ts';
+import { createBatches } from './batches.ts';
 import { createChanges } from './changes.ts';
 import { type ApiConfig, loadConfig } from './config.ts';
 import { createIdempotency } from './idempotency.ts';
 import { createJobs } from './jobs.ts';
 import { createLimits } from './limits.ts';
+import { createMappings } from './mappings.ts';
 import { createReconciler, type Reconciler } from './reconciler.ts';
+import { createStoredBatches } from './stored-batches.ts';
+import { createUploads } from './uploads.ts';
 
 /** A caller waits: within a second it has its answer, or hears that Redis does not give one. */
 const redisPatienceMs = 800;
@@ -26,16 +32,21 @@ async function wire(service: Service): Promise<void> {
   const { redis, storage, records, queues } = backends;
   const changes = createChanges(backends.connect(), records);
 
-  const reconciler = createReconciler({ redis, records, queues, storage, log, ...config });
+  const tenants = createTenants(redis);
+  const limits = createLimits({ redis, tenants, records, ...config });
+  const charge = (tenant: string, bytes: number) => limits.charge(tenant, { bytes });
+  const uploads = createUploads({ redis, storage, log, charge, ...config });
+
+  const reconciler = createReconciler({ redis, records, queues, storage, uploads, log, ...config });
   reconciler.start();
   service.onClose('reconciler', () => reconciler.stop());
   exportBacklogs(service, reconciler);
 
-  const tenants = createTenants(redis);
-  const limits = createLimits({ redis, tenants, records, ...config });
   const idempotency = createIdempotency(redis, log);
   const { maxUploadBytes } = config;
-  const jobs = createJobs({ redis, storage, records, queues, changes, log, limits, maxUploadBytes });
+  const jobs = createJobs({
+    ...{ redis, storage, records, queues, changes, log, limits, uploads, maxUploadBytes },
+  });
   service.addCheck('model', async () => {
     await jobs.servedModel();
   });
@@ -49,9 +60,20 @@ async function wire(service: Service): Promise<void> {
     );
   });
 
+  const index = createAnswerIndex({ storage, directory: config.indexDirectory, log });
+  service.onClose('index', () => index.close());
+  const batchRecords = createBatchRecords(redis, config.retention);
+  const stored = createStoredBatches({ batches: batchRecords, storage });
+  const mappings = createMappings(storage);
+  const { maxBatchRows: maxRows, maxActiveBatches: maxActive } = config;
+  const batches = createBatches({
+    ...{ storage, batches: batchRecords, stored, sources, mappings, jobs, limits, index, log },
+    ...{ maxRows, maxActive },
+  });
+
   const app = createApp({
     ...{ service, config, jobs, changes, storage, sources, sourceReader },
-    ...{ tenants, limits, idempotency },
+    ...{ batches, mappings, tenants, limits, idempotency, uploads },
   });
   const server = createServer(app);
   // An upload may take as long as it moves: idle time is limited, the whole is not.

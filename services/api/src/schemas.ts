@@ -1,4 +1,5 @@
 /** The API's contract: these schemas validate, and /openapi.json is generated from them. */
+import { batchClasses, batchStates } from '@acousticsense/shared/batch';
 import { problemCodes } from '@acousticsense/shared/errors';
 import {
   inputFactsSchema,
@@ -6,6 +7,7 @@ import {
   warningSchema,
   windowChoiceSchema,
 } from '@acousticsense/shared/job';
+import { badRowSchema } from '@acousticsense/shared/manifest';
 import { jobStates } from '@acousticsense/shared/pipeline';
 import { modelDescriptionSchema } from '@acousticsense/shared/serving';
 import { z } from 'zod';
@@ -18,10 +20,14 @@ const number = (schema: z.ZodNumber) =>
     .transform(Number)
     .pipe(schema);
 
+export const mappingNameSchema = z
+  .string()
+  .regex(/^[a-z0-9][a-z0-9._-]{0,62}$/, 'must be a name of a-z, 0-9, . _ -');
+
 const flag = z.enum(['true', 'false'], 'must be true or false').default('false');
 
-/** Form fields beside the file. They arrive as text. */
-export const jobOptionsSchema = z.strictObject({
+/** What is to be done with audio. It arrives as text. */
+const analysisOptionsSchema = z.strictObject({
   topK: number(z.number().int().min(1).max(1_000)).default(5).describe('how many genres to list'),
   threshold: number(z.number().min(0).max(1))
     .optional()
@@ -45,6 +51,114 @@ export const jobOptionsSchema = z.strictObject({
   vectors: flag
     .transform((text) => text === 'true')
     .describe('keep the logits and the embedding, for `links.vectors`'),
+});
+
+/** Form fields beside the file. */
+export const jobOptionsSchema = analysisOptionsSchema.extend({
+  ref: z
+    .string()
+    .trim()
+    .min(1)
+    .max(256)
+    .optional()
+    .describe("the caller's own name for the track: /v1/results?ref= finds its latest result"),
+});
+
+const optional = <T extends z.ZodType>(schema: T) => schema.optional();
+
+/** Of a batch: in the query beside a manifest, or in the JSON beside `prefix` or `rerunOf`. */
+export const batchOptionsSchema = analysisOptionsSchema.extend({
+  name: z.string().trim().min(1).max(200).optional().describe("the caller's own name for the batch"),
+  class: z
+    .enum(batchClasses)
+    .default('backfill')
+    .describe('`release` goes before `backfill` of the same tenant; both after uploads'),
+  topK: optional(analysisOptionsSchema.shape.topK.unwrap()),
+  start: optional(analysisOptionsSchema.shape.start.unwrap()),
+  force: flag.transform((text) => text === 'true').describe('work out every row, known answers or not'),
+  model: z
+    .string()
+    .regex(/^[0-9a-f]{16,64}$/, 'must be the digest of a model, or its first 16 digits or more')
+    .optional()
+    .describe('digest of the model; the one that is served to everybody when absent'),
+  mapping: mappingNameSchema.optional().describe('name of a house mapping, see /v1/mappings'),
+});
+
+export const batchListQuerySchema = z.strictObject({
+  limit: number(z.number().int().min(1).max(100)).default(20),
+  before: z.iso.datetime().optional().describe('only batches that were made before'),
+});
+
+const count = z.int().min(0);
+const batchProblem = z.object({ code: z.string(), message: z.string() });
+export const batchSchema = z.strictObject({
+  id: z.uuid(),
+  name: z.string().optional(),
+  state: z.enum(batchStates),
+  class: z.enum(batchClasses),
+  createdAt: z.iso.datetime(),
+  updatedAt: z.iso.datetime(),
+  endedAt: z.iso.datetime().optional(),
+  origin: z.discriminatedUnion('kind', [
+    z.strictObject({ kind: z.literal('manifest') }),
+    z.strictObject({ kind: z.literal('prefix'), prefix: z.string() }),
+    z.strictObject({ kind: z.literal('rerun'), of: z.uuid() }),
+  ]),
+  model: z.strictObject({ name: z.string(), version: z.string(), digest: z.string(), profile: z.string() }),
+  complete: z.boolean().describe('all of its rows are known; a prefix may still be walked'),
+  revision: z.int().describe('of its results; raised when what failed is tried again'),
+  counts: z.strictObject({
+    rows: count.describe('good rows: waiting + running + completed + failed + cancelled'),
+    bad: count.describe('rows of the manifest that could not be used'),
+    waiting: count,
+    running: count,
+    completed: count,
+    failed: count,
+    cancelled: count,
+    reused: count.describe('of the completed: answers that were known already'),
+  }),
+  verdicts: z
+    .strictObject({
+      agree: count,
+      disagree: count,
+      uncertain: count,
+      undeclared: count,
+      unknown_genre: count,
+    })
+    .describe('declared against predicted, of the rows whose results are written (a thousand at a time)'),
+  rowsPerSecond: z.number().optional(),
+  estimatedEnd: z.iso.datetime().optional(),
+  error: batchProblem.optional(),
+  firstErrors: z.strictObject({
+    bad: z.array(badRowSchema).describe('all of them: `links.badRows`'),
+    failed: z.array(z.object({ row: z.int(), error: batchProblem })),
+  }),
+  notes: z
+    .array(z.object({ line: z.int(), field: z.string(), message: z.string() }))
+    .optional()
+    .describe('fields that were left aside; told once, with the answer to the manifest'),
+  links: z.strictObject({
+    self: z.string(),
+    events: z.string(),
+    results: z.string(),
+    csv: z.string(),
+    badRows: z.string(),
+    audit: z.string(),
+  }),
+});
+export type BatchResource = z.infer<typeof batchSchema>;
+
+/** A job of an upload that is there already; the options as in a form, in JSON's own types. */
+export const jobRequestSchema = z.strictObject({
+  upload: z.uuid().describe('the id of a finished upload'),
+  filename: z.string().max(1_000).optional().describe("for display; the upload's own when absent"),
+  topK: z.int().min(1).max(1_000).default(5),
+  threshold: z.number().min(0).max(1).optional(),
+  windows: windowChoiceSchema.optional(),
+  start: z.number().min(0).max(1e6).default(0),
+  duration: z.number().positive().max(1e6).optional(),
+  explain: z.boolean().default(false),
+  vectors: z.boolean().default(false),
 });
 
 const guess = z.strictObject({ label: z.string(), confidence: z.number().min(0).max(1) });

@@ -1,4 +1,5 @@
 import assert from 'node:assert/strict';
+import { randomUUIDv7 } from 'node:crypto';
 import { once } from 'node:events';
 import { mkdtemp, rm } from 'node:fs/promises';
 import { createServer } from 'node:http';
@@ -7,19 +8,27 @@ import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { type TestContext, test } from 'node:test';
 import { pathToFileURL } from 'node:url';
-import { ProblemError } from '@acousticsense/shared/errors';
+import { InfrastructureFault, ProblemError } from '@acousticsense/shared/errors';
 import type { JobRecord } from '@acousticsense/shared/job';
 import { createJobRecords } from '@acousticsense/shared/job-records';
-import { audioKey, explanationKey, spectrogramKey, vectorsKey } from '@acousticsense/shared/object-keys';
+import {
+  audioKey,
+  explanationKey,
+  spectrogramKey,
+  uploadKey,
+  vectorsKey,
+} from '@acousticsense/shared/object-keys';
 import { openStorage } from '@acousticsense/shared/open-storage';
 import { createQueues } from '@acousticsense/shared/queues';
 import { connectRedis } from '@acousticsense/shared/redis';
 import { createTenants } from '@acousticsense/shared/tenants';
+import { writeUpload } from '@acousticsense/shared/uploads';
 import { pino } from 'pino';
 import { startRedis, type TestRedis } from '../../../test/redis.ts';
 import { createChanges } from './changes.ts';
 import { createJobs, type JobsDeps } from './jobs.ts';
 import { createLimits } from './limits.ts';
+import { createUploads } from './uploads.ts';
 
 const digest = 'd'.repeat(64);
 /** As releases wrote it that knew neither default windows nor explanations. */
@@ -43,7 +52,7 @@ async function acceptJobs(
   t: TestContext,
   server: TestRedis,
   description: object,
-  add?: JobsDeps['queues']['add'],
+  replace: (parts: Pick<JobsDeps, 'records' | 'queues'>) => Partial<JobsDeps> = () => ({}),
 ) {
   const redis = connectRedis(server.url);
   await once(redis, 'ready');
@@ -57,18 +66,25 @@ async function acceptJobs(
   const records = createJobRecords(redis, { resultSeconds: 60, events: 10 });
   const queues = createQueues(redis);
   const storage = openStorage(pathToFileURL(directory).href);
+  const log = pino({ level: 'silent' });
+  const uploads = createUploads({
+    ...{ redis, storage, log, maxUploadBytes: 1_000, charge: async () => {} },
+    ...{ uploadExpiryMs: 60_000, audioRetentionMs: 60_000, uploadUrlMs: 60_000 },
+  });
   const jobs = createJobs({
     redis,
     storage,
     records,
-    queues: add ? { ...queues, add } : queues,
+    queues,
     changes: createChanges(subscriber, records),
-    log: pino({ level: 'silent' }),
+    log,
+    uploads,
     limits: createLimits({
       ...{ redis, records, tenants: createTenants(redis), maxOpenJobs: 10 },
       ...{ requestsPerMinute: 0, rowsPerDay: 0, bytesPerDay: 0 },
     }),
     maxUploadBytes: 1_000,
+    ...replace({ records, queues }),
   });
   let last: JobRecord | Error | undefined;
   const http = createServer(async (request, response) => {
@@ -93,17 +109,68 @@ async function acceptJobs(
     if (last instanceof Error) throw last;
     return last!;
   }
+  /** The same for an upload that is there already. */
+  async function sendJson(
+    body: unknown,
+    contentType = 'application/json; charset=utf-8',
+  ): Promise<JobRecord> {
+    await fetch(`http://127.0.0.1:${(http.address() as AddressInfo).port}`, {
+      method: 'POST',
+      headers: { 'content-type': contentType },
+      body: typeof body === 'string' ? body : JSON.stringify(body),
+    });
+    if (last instanceof Error) throw last;
+    return last!;
+  }
   const stored = async () => (await Array.fromAsync(storage.list('jobs/'))).map(({ key }) => key);
-  return { jobs, records, storage, send, stored };
+  return { jobs, records, storage, send, sendJson, stored };
 }
 
 test('a job whose record is committed is accepted, even if Redis is lost before it is queued', async (t) => {
   await using server = await startRedis();
-  const { jobs, send } = await acceptJobs(t, server, oldDescription, async () => {
-    await server.stop('SIGKILL');
-    throw new Error('Connection is closed.');
-  });
+  const { jobs, send } = await acceptJobs(t, server, oldDescription, ({ queues }) => ({
+    queues: {
+      ...queues,
+      async add() {
+        await server.stop('SIGKILL');
+        throw new Error('Connection is closed.');
+      },
+    },
+  }));
   assert.equal((await jobs.present(await send())).state, 'queued');
+});
+
+test('whoever sends it does not wait for a queue that cannot be reached', async (t) => {
+  await using server = await startRedis();
+  const { send } = await acceptJobs(t, server, oldDescription, ({ records }) => ({
+    records: {
+      ...records,
+      async create(record) {
+        const created = await records.create(record);
+        await server.stop('SIGKILL');
+        return created;
+      },
+    },
+  }));
+  const from = performance.now();
+  assert.equal((await send()).state, 'queued');
+  assert.ok(performance.now() - from < 2_000);
+});
+
+test('a job that may have been made though Redis did not say so keeps its audio', async (t) => {
+  await using server = await startRedis();
+  const { send, stored, records } = await acceptJobs(t, server, oldDescription, ({ records }) => ({
+    records: {
+      ...records,
+      async create(record) {
+        await records.create(record);
+        throw new InfrastructureFault('redis', 'Command timed out');
+      },
+    },
+  }));
+  await assert.rejects(send(), InfrastructureFault);
+  const [id] = await records.openSince('acme', Date.now() + 1, 10);
+  assert.deepEqual(await stored(), [audioKey({ tenant: 'acme', id: id! })]);
 });
 
 test("a job that names no windows takes the model's own", async (t) => {
@@ -147,4 +214,57 @@ test('deleting a finished job deletes all that was stored beside its result', as
   assert.equal((await stored()).length, 5);
   assert.equal(await jobs.cancelOrDelete('acme', id), undefined);
   assert.deepEqual(await stored(), [audioKey({ tenant: 'acme', id: other.id })]);
+});
+
+test('a job of a finished upload reads it where it lies, and deleting the job leaves it there', async (t) => {
+  await using server = await startRedis();
+  const { jobs, records, storage, sendJson, stored } = await acceptJobs(t, server, oldDescription);
+  const id = randomUUIDv7();
+  const etag = await storage.put(uploadKey('acme', id), Buffer.from('abc'));
+  const open = { v: 1, by: 'presigned', size: 3, filename: 'a.mp3', createdAt: Date.now() } as const;
+  const expiresAt = Date.now() + 60_000;
+  await writeUpload(storage, 'acme', id, { ...open, state: 'open', expiresAt });
+  await assert.rejects(sendJson({ upload: id }), { code: 'upload_unfinished' });
+  await writeUpload(storage, 'acme', id, {
+    ...{ ...open, state: 'finished', expiresAt, etag, completedAt: Date.now() },
+  });
+
+  const job = await sendJson({ upload: id, topK: 3, windows: 'all', start: 1.5, vectors: true });
+  assert.deepEqual(job.audio, { key: uploadKey('acme', id), size: 3, etag, filename: 'a.mp3' });
+  assert.deepEqual(job.selection, { windows: 'all', start: 1.5 });
+  assert.deepEqual(job.extras, { explain: false, vectors: true });
+  assert.deepEqual((await records.get('acme', job.id))?.audio, job.audio);
+  assert.deepEqual(await stored(), []);
+  assert.equal((await sendJson({ upload: id, filename: 'x/b.mp3' })).audio.filename, 'b.mp3');
+
+  await jobs.cancelOrDelete('acme', job.id);
+  await jobs.cancelOrDelete('acme', job.id);
+  assert.equal((await storage.stat(uploadKey('acme', id)))?.etag, etag);
+});
+
+test('a job of an upload that cannot be had is refused with the reason', async (t) => {
+  await using server = await startRedis();
+  const { storage, sendJson } = await acceptJobs(t, server, oldDescription);
+  const foreign = randomUUIDv7();
+  await storage.put(uploadKey('other', foreign), Buffer.from('abc'));
+  await writeUpload(storage, 'other', foreign, {
+    ...{ v: 1, by: 'tus', state: 'finished', size: 3, filename: 'a', etag: 'e' },
+    ...{ createdAt: Date.now(), completedAt: Date.now(), expiresAt: Date.now() + 60_000 },
+  });
+  for (const [body, code, field] of [
+    [{ upload: randomUUIDv7() }, 'upload_not_found', 'upload'],
+    [{ upload: foreign }, 'upload_not_found', 'upload'],
+    [{ upload: '../x' }, 'bad_option', 'upload'],
+    [{}, 'bad_option', 'upload'],
+    [{ upload: foreign, topK: '3' }, 'bad_option', 'topK'],
+    [{ upload: foreign, file: 'x' }, 'bad_option', 'file'],
+    ['{', 'bad_request', undefined],
+    [' '.repeat(70_000), 'bad_request', undefined],
+  ] as const)
+    await assert.rejects(sendJson(body), (error) => {
+      assert.ok(error instanceof ProblemError);
+      assert.deepEqual([error.code, error.details.field], [code, field]);
+      return true;
+    });
+  await assert.rejects(sendJson('{}', 'text/plain'), { code: 'wrong_content_type' });
 });

@@ -56,6 +56,8 @@ export const partKey = (tenant: string, batchId: string, chunk: number) =>
   `${batchPrefix(tenant, batchId)}part-${number(chunk)}.jsonl`;
 /** The batch itself, once it has ended. */
 export const batchKey = (tenant: string, batchId: string) => `${batchPrefix(tenant, batchId)}batch.json`;
+/** What the model of a batch that has ended says of itself: results are told in its labels. */
+export const modelKey = (tenant: string, batchId: string) => `${batchPrefix(tenant, batchId)}model.json`;
 /** House genres that the batch's results speak in. */
 export const mappingKey = (tenant: string, batchId: string) => `${batchPrefix(tenant, batchId)}mapping.json`;
 export const badRowsKey = (tenant: string, batchId: string) =>

@@ -50,7 +50,7 @@ export function createStoredBatches({ batches, storage }: StoredBatchesDeps): St
 function goneBatch(deletedAt: number): ProblemError {
   return new ProblemError(
     'batch_gone',
-    `The batch and its results were deleted on ${new Date(deletedAt).toISOString()}: their retention was over.`,
+    `The batch and its results were deleted on ${new Date(deletedAt).toISOString()}.`,
     { deletedAt },
   );
 }

@@ -4,14 +4,21 @@ import type { AnswerEntry, AnswerIndex } from '@acousticsense/shared/answer-inde
 import { answerKey, identityOf } from '@acousticsense/shared/answer-key';
 import { type BatchRecord, decodePart, encodePart, isEnded, type PartRow } from '@acousticsense/shared/batch';
 import { type BatchRecords, rowJobId } from '@acousticsense/shared/batch-records';
-import { outlierOf, reasonToDoubt } from '@acousticsense/shared/doubt';
+import { answeredRow, judgedRow, unfedRow } from '@acousticsense/shared/ended-row';
 import { createHouse, type House, mappingSchema, ownNames } from '@acousticsense/shared/house-genres';
-import type { JobRecord, Selection, SourceObject } from '@acousticsense/shared/job';
+import type { Selection, SourceObject } from '@acousticsense/shared/job';
 import { type JobRecords, rowIndex } from '@acousticsense/shared/job-records';
 import { decodeChunk, type ManifestRow } from '@acousticsense/shared/manifest';
-import { batchKey, chunkKey, mappingKey, partKey, rowsPrefix } from '@acousticsense/shared/object-keys';
+import {
+  batchKey,
+  chunkKey,
+  mappingKey,
+  modelKey,
+  partKey,
+  rowsPrefix,
+} from '@acousticsense/shared/object-keys';
 import { isFinished } from '@acousticsense/shared/pipeline';
-import { knownModel, type ModelDescription } from '@acousticsense/shared/serving';
+import { knownModel } from '@acousticsense/shared/serving';
 import type { SourceMatcher, Sources } from '@acousticsense/shared/sources';
 import type { Storage } from '@acousticsense/shared/storage';
 import type { Redis } from 'ioredis';
@@ -57,9 +64,9 @@ export function createParts({ redis, storage, records, batches, index, sources, 
       if (record === undefined || !isFinished(record.state)) {
         if (states[at] !== 'x')
           log.error({ batchId, chunk, row: at, state: states[at] }, 'a row has no record');
-        return unfed(batch, row, rowIndex({ chunk, row: at }), jobIds[at]!, states[at] === 'x');
+        return unfedRow(batch, row, rowIndex({ chunk, row: at }), states[at] === 'x');
       }
-      return judge(answered(batch, row, rowIndex({ chunk, row: at }), record));
+      return judge(answeredRow(batch, row, rowIndex({ chunk, row: at }), record));
     });
     await storage.put(partKey(tenant, batchId, chunk), encodePart(rows));
     await index.writeSegment({
@@ -104,8 +111,11 @@ export function createParts({ redis, storage, records, batches, index, sources, 
   /** A batch that has ended is written where it outlives Redis. */
   async function save(tenant: string, batchId: string): Promise<void> {
     const batch = await batches.get({ tenant, id: batchId });
-    if (batch && isEnded(batch.state))
+    if (batch && isEnded(batch.state)) {
+      const model = await knownModel(redis, batch.modelDigest);
+      if (model) await storage.put(modelKey(tenant, batchId), Buffer.from(JSON.stringify(model)));
       await storage.put(batchKey(tenant, batchId), Buffer.from(JSON.stringify(batch)));
+    }
     await batches.saved({ tenant, id: batchId });
   }
 
@@ -120,7 +130,9 @@ export function createParts({ redis, storage, records, batches, index, sources, 
       houses.set(batch.id, house);
     }
     const known = house;
-    return (row) => judged(row, batch, model, known);
+    const { threshold } = batch.presentation;
+    const limits = { threshold, outlierThreshold: model.outlierThreshold };
+    return (row) => judgedRow(row, known, limits);
   }
 
   async function readMapping({ tenant, id }: BatchRecord) {
@@ -128,74 +140,6 @@ export function createParts({ redis, storage, records, batches, index, sources, 
   }
 
   return { close, save, readPart };
-}
-
-function judged(row: PartRow, batch: BatchRecord, model: ModelDescription, house: House): PartRow {
-  const { outcome } = row;
-  if (row.state !== 'completed' || outcome === undefined) return row;
-  const { threshold } = batch.presentation;
-  const doubt = reasonToDoubt(outcome.probabilities, outlierOf(outcome), {
-    threshold,
-    outlierThreshold: model.outlierThreshold,
-  });
-  const uncertain = doubt !== undefined;
-  const heard = { declared: row.declaredGenre, probabilities: outcome.probabilities, uncertain };
-  const { verdict, predicted, confidence } = house.judge(heard);
-  return {
-    ...row,
-    uncertain,
-    verdict,
-    ...(predicted ? { predicted: predicted.genre, confidence: predicted.probability } : {}),
-    ...(confidence === undefined ? {} : { disagreement: confidence }),
-  };
-}
-
-function answered(batch: BatchRecord, row: ManifestRow, index: number, record: JobRecord): PartRow {
-  const { decoded, outcome, error, timings, reused, generation, updatedAt } = record;
-  return {
-    ...row,
-    row: index,
-    jobId: record.id,
-    state: record.state as PartRow['state'],
-    revision: record.revision ?? batch.revision,
-    finishedAt: updatedAt,
-    generation,
-    audio: heardAudio(row, record),
-    ...(decoded ? { decoded } : {}),
-    ...(outcome ? { outcome } : {}),
-    ...(error ? { error } : {}),
-    ...(reused ? { reused } : {}),
-    ...(timings ? { timings } : {}),
-  };
-}
-
-/** With the ETag that was found: by it the row is recognised when it comes again. */
-function heardAudio(row: ManifestRow, { audio }: JobRecord): PartRow['audio'] {
-  return 'source' in audio && 's3' in row.audio ? { s3: audio.source } : row.audio;
-}
-
-function unfed(
-  batch: BatchRecord,
-  row: ManifestRow,
-  index: number,
-  jobId: string,
-  cancelled: boolean,
-): PartRow {
-  const error = {
-    code: 'internal_error' as const,
-    message: 'The record of this row was lost.',
-    retryable: true,
-  };
-  return {
-    ...row,
-    row: index,
-    jobId,
-    state: cancelled ? 'cancelled' : 'failed',
-    revision: batch.revision,
-    finishedAt: Date.now(),
-    generation: batch.round + 1,
-    ...(cancelled ? {} : { error }),
-  };
 }
 
 function entryOf(

@@ -16,7 +16,7 @@ const root = path.resolve(import.meta.dirname, '..');
 /** Seals the credentials of tests. */
 const testSecretsKey = Buffer.alloc(32, 'test').toString('base64');
 
-export type ServiceName = 'api' | 'decoder' | 'inference' | 'fetch';
+export type ServiceName = 'api' | 'decoder' | 'inference' | 'fetch' | 'feeder';
 
 export interface System extends AsyncDisposable {
   /** `http://127.0.0.1:PORT` of the API. */
@@ -110,7 +110,7 @@ export async function startSystem({
   }
 
   try {
-    const names = (['decoder', 'inference', 'fetch', 'api'] as const).filter(
+    const names = (['decoder', 'inference', 'fetch', 'feeder', 'api'] as const).filter(
       (name) => !without.includes(name),
     );
     await Promise.all(names.map((name) => start(name)));

@@ -1,13 +1,10 @@
 /** The feeder service: wiring, and the loop that runs while this process holds the lease. */
-import { createEgressGuard } from '@acousticsense/egress/guard';
+import { openSources } from '@acousticsense/egress/open-sources';
 import { createAnswerIndex } from '@acousticsense/shared/answer-index';
 import { openBackends } from '@acousticsense/shared/backends';
 import { createBatchRecords } from '@acousticsense/shared/batch-records';
 import { createLease } from '@acousticsense/shared/lease';
-import { createSecrets } from '@acousticsense/shared/secrets';
 import { type Service, startService } from '@acousticsense/shared/service';
-import { createSourceReader } from '@acousticsense/shared/source-reader';
-import { createSources } from '@acousticsense/shared/sources';
 import { createTenants } from '@acousticsense/shared/tenants';
 import { Counter, Gauge } from 'prom-client';
 import { type FeederConfig, loadConfig } from './config.ts';
@@ -24,14 +21,11 @@ let config: FeederConfig;
 await startService('feeder', () => (config = loadConfig(process.env)), wire);
 
 async function wire(service: Service): Promise<void> {
-  const { log, registry } = service;
+  const { log } = service;
   const backends = openBackends(service, config);
   const { redis, storage, records, queues } = backends;
   const batches = createBatchRecords(redis, config.retention);
-  const secrets = createSecrets(config.secretsKey);
-  const sources = createSources({ redis, secrets, storageUrl: config.storageUrl });
-  const guard = createEgressGuard({ allow: config.egressAllow });
-  const reader = createSourceReader({ guard, secrets, registry });
+  const { sources, sourceReader: reader } = openSources(service, backends, config);
   const tenants = createTenants(redis);
   const index = createAnswerIndex({ storage, directory: config.indexDirectory, log });
   service.onClose('index', () => index.close());

@@ -152,7 +152,12 @@ describe('the API', () => {
 
   test('another content type is 415', async () => {
     await assertProblem(await post('hello', { 'content-type': 'text/plain' }), 415, 'wrong_content_type');
-    await assertProblem(await post('{}', { 'content-type': 'application/json' }), 415, 'wrong_content_type');
+    await assertProblem(
+      await post('{}', { 'content-type': 'application/json' }),
+      400,
+      'bad_option',
+      /"upload"/,
+    );
     await assertProblem(
       await post('x', { 'content-type': 'multipart/form-data' }),
       415,

@@ -8,6 +8,7 @@ import {
   GetObjectCommand,
   HeadObjectCommand,
   ListMultipartUploadsCommand,
+  type ListMultipartUploadsCommandInput,
   type ListMultipartUploadsCommandOutput,
   ListObjectsV2Command,
   type ListObjectsV2CommandOutput,
@@ -171,21 +172,33 @@ export function createS3Storage(url: URL): Storage {
 
   async function abandonParts(prefix: string, before: Date): Promise<number> {
     let ended = 0;
-    let marker: { KeyMarker?: string | undefined; UploadIdMarker?: string | undefined } | undefined = {};
+    let marker: Pick<ListMultipartUploadsCommandInput, 'KeyMarker' | 'UploadIdMarker'> | undefined = {};
     while (marker !== undefined) {
-      const page: ListMultipartUploadsCommandOutput = await call(prefix, () =>
-        client.send(new ListMultipartUploadsCommand({ Bucket: bucket, Prefix: root + prefix, ...marker })),
-      );
-      for (const { Key, UploadId, Initiated } of page.Uploads ?? []) {
+      const page = await listUnfinished(prefix, marker);
+      for (const { Key, UploadId, Initiated } of page?.Uploads ?? []) {
         if (!Key || !UploadId || !Initiated || Initiated >= before) continue;
         await presigned.endParts(Key.slice(root.length), UploadId);
         ended += 1;
       }
-      marker = page.IsTruncated
+      marker = page?.IsTruncated
         ? { KeyMarker: page.NextKeyMarker, UploadIdMarker: page.NextUploadIdMarker }
         : undefined;
     }
     return ended;
+  }
+
+  /** @returns undefined where the server does not list them, or the role may not: a rule of the bucket has to end them. */
+  async function listUnfinished(
+    prefix: string,
+    marker: Pick<ListMultipartUploadsCommandInput, 'KeyMarker' | 'UploadIdMarker'>,
+  ): Promise<ListMultipartUploadsCommandOutput | undefined> {
+    const list = new ListMultipartUploadsCommand({ Bucket: bucket, Prefix: root + prefix, ...marker });
+    try {
+      return await call(prefix, () => client.send(list));
+    } catch (error) {
+      if (error instanceof InfrastructureFault && isRefusal(error.cause)) return undefined;
+      throw error;
+    }
   }
 
   const presigned: PresignedUploads = {
@@ -261,6 +274,10 @@ function etagOf({ ETag }: { ETag?: string | undefined }, key: string): string {
   if (ETag === undefined)
     throw new InfrastructureFault('storage', `Object storage answered without an ETag for ${key}.`);
   return ETag;
+}
+
+function isRefusal(error: unknown): boolean {
+  return error instanceof S3ServiceException && [403, 405, 501].includes(error.$metadata.httpStatusCode ?? 0);
 }
 
 function isBehindTheEnd(error: unknown): boolean {

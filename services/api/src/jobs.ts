@@ -2,11 +2,11 @@
  * What can be done with a job: accept, read, cancel, wait. The recipe of `accept` is the first stage of the
  * pipeline: audio to storage, record, queue, answer.
  */
-import { randomBytes, randomUUIDv7 } from 'node:crypto';
+import { createHash, randomBytes, randomUUIDv7 } from 'node:crypto';
 import type { IncomingMessage } from 'node:http';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { InfrastructureFault, ProblemError } from '@acousticsense/shared/errors';
-import { type JobRecord, type Timeline, timelineSchema } from '@acousticsense/shared/job';
+import { type JobRecord, type StoredAudio, type Timeline, timelineSchema } from '@acousticsense/shared/job';
 import { anyOpenState, type JobRecords, refOf } from '@acousticsense/shared/job-records';
 import { audioKey, jobPrefix, timelineKey } from '@acousticsense/shared/object-keys';
 import { isFinished, stageOf } from '@acousticsense/shared/pipeline';
@@ -18,10 +18,11 @@ import type { Logger } from 'pino';
 import type { z } from 'zod';
 import type { Changes } from './changes.ts';
 import { type Bind, fingerprintOf } from './idempotency.ts';
-import type { Limits } from './limits.ts';
+import type { Charge, Limits } from './limits.ts';
 import { hasTimeline, presentJob } from './presentation.ts';
-import { type JobResource, jobOptionsSchema } from './schemas.ts';
-import { formOverhead, receiveUpload } from './upload.ts';
+import { type JobResource, jobOptionsSchema, jobRequestSchema } from './schemas.ts';
+import { displayName, formOverhead, receiveUpload } from './upload.ts';
+import type { Uploads } from './uploads.ts';
 
 export interface JobsDeps {
   readonly redis: Redis;
@@ -31,7 +32,16 @@ export interface JobsDeps {
   readonly changes: Changes;
   readonly log: Logger;
   readonly limits: Limits;
+  readonly uploads: Pick<Uploads, 'find'>;
   readonly maxUploadBytes: number;
+}
+
+/** A request for a job that is let in. */
+interface Accepted {
+  readonly id: string;
+  readonly tenant: string;
+  readonly description: ModelDescription;
+  readonly bind: Bind;
 }
 
 export interface ServedModel {
@@ -73,7 +83,12 @@ export function createJobs(deps: JobsDeps) {
     return { description, provider: serving.provider ?? 'unknown' };
   }
 
-  /** @param bind ties the request's Idempotency-Key to the job. @throws {ProblemError} also what `bind` rejects with */
+  /**
+   * Makes a job of the audio in a form, or of an upload that the request names in JSON.
+   * @param field of the form, that holds the audio.
+   * @param bind ties the request's Idempotency-Key to the job.
+   * @throws {ProblemError} also what `bind` rejects with
+   */
   async function accept(
     request: IncomingMessage,
     tenant: string,
@@ -82,16 +97,61 @@ export function createJobs(deps: JobsDeps) {
   ): Promise<JobRecord> {
     const { description } = await servedModel();
     await limits.refuseWhenFull(tenant);
-    const expected = Number(request.headers['content-length'] ?? 0) - formOverhead;
-    await limits.foresee(tenant, { rows: 1, bytes: Math.max(0, expected) });
     const id = randomUUIDv7();
-    const key = audioKey({ tenant, id });
+    return isJson(request)
+      ? acceptUpload(request, { id, tenant, description, bind })
+      : acceptForm(request, field, { id, tenant, description, bind });
+  }
+
+  async function acceptForm(request: IncomingMessage, field: string, accepted: Accepted): Promise<JobRecord> {
+    const expected = Number(request.headers['content-length'] ?? 0) - formOverhead;
+    await limits.foresee(accepted.tenant, { rows: 1, bytes: Math.max(0, expected) });
+    const key = audioKey(accepted);
     const from = performance.now();
-    const upload = await receiveUpload(request, { storage, key, field, maxBytes: deps.maxUploadBytes });
-    const uploadMs = Math.round(performance.now() - from);
+    const { fields, ...audio } = await receiveUpload(request, {
+      ...{ storage, key, field, maxBytes: deps.maxUploadBytes },
+    });
+    const upload = Math.round(performance.now() - from);
+    return make(request, accepted, {
+      fingerprint: fingerprintOf({ url: request.url, fields, sha256: audio.sha256 }),
+      options: () => parseOptions(jobOptionsSchema, fields),
+      audio: { key, ...audio },
+      charge: { rows: 1, bytes: audio.size },
+      timings: { upload },
+      undo: () => storage.delete(key),
+    });
+  }
+
+  /** The bytes are there, counted when they were announced; they are read where they lie. */
+  async function acceptUpload(request: IncomingMessage, accepted: Accepted): Promise<JobRecord> {
+    const { value, sha256 } = await readJson(request);
+    const { upload, filename, ...options } = parseOptions(jobRequestSchema, value);
+    const audio = await deps.uploads.find(accepted.tenant, upload);
+    return make(request, accepted, {
+      fingerprint: fingerprintOf({ url: request.url, sha256 }),
+      options: () => options,
+      audio: { ...audio, ...(filename === undefined ? {} : { filename: displayName(filename) }) },
+      charge: { rows: 1 },
+      timings: {},
+      undo: async () => {},
+    });
+  }
+
+  async function make(
+    request: IncomingMessage,
+    { id, tenant, description, bind }: Accepted,
+    sent: {
+      readonly fingerprint: string;
+      readonly options: () => z.infer<typeof jobOptionsSchema>;
+      readonly audio: StoredAudio;
+      readonly charge: Charge;
+      readonly timings: NonNullable<JobRecord['timings']>;
+      readonly undo: () => Promise<void>;
+    },
+  ): Promise<JobRecord> {
     let creating = false;
     try {
-      const options = parseOptions(jobOptionsSchema, upload.fields);
+      const options = sent.options();
       const { start, duration, topK, explain, vectors } = options;
       refuseWhatModelCannot(options, description);
       const record = {
@@ -104,7 +164,7 @@ export function createJobs(deps: JobsDeps) {
         modelName: description.name,
         modelVersion: description.version,
         profileHash: description.profileHash,
-        audio: { key, size: upload.size, sha256: upload.sha256, filename: upload.filename },
+        audio: sent.audio,
         selection: {
           windows: options.windows ?? description.windows,
           start,
@@ -112,10 +172,10 @@ export function createJobs(deps: JobsDeps) {
         },
         presentation: { topK, threshold: options.threshold ?? description.threshold },
         ...(explain || vectors ? { extras: { explain, vectors } } : {}),
-        timings: { upload: uploadMs },
+        timings: sent.timings,
       };
-      await bind(fingerprintOf({ url: request.url, ...upload }), id);
-      await limits.charge(tenant, { rows: 1, bytes: upload.size });
+      await bind(sent.fingerprint, id);
+      await limits.charge(tenant, sent.charge);
       creating = true;
       await records.create(record);
       // From here on the job is accepted: the reconciler adds what this add could not.
@@ -123,20 +183,24 @@ export function createJobs(deps: JobsDeps) {
         log.warn({ err: error, jobId: id }, 'not queued yet'),
       );
       log.info(
-        { jobId: id, traceId: record.traceparent.split('-')[1], bytes: upload.size, uploadMs },
+        {
+          ...{ jobId: id, traceId: record.traceparent.split('-')[1] },
+          ...{ bytes: sent.audio.size, uploadMs: sent.timings.upload },
+        },
         'accepted',
       );
       return { ...record, state: 'queued', version: 1, updatedAt: record.createdAt };
     } catch (error) {
       // A Redis that went silent may have made the record: then there is a job, and it needs its audio. The reconciler
       // deletes what belongs to none.
-      if (!(creating && error instanceof InfrastructureFault)) await storage.delete(key).catch(() => {});
+      if (!(creating && error instanceof InfrastructureFault)) await sent.undo().catch(() => {});
       throw error;
     }
   }
 
   /** Reads a request that was answered before, and keeps nothing of it. */
   async function fingerprint(request: IncomingMessage, field: string): Promise<string> {
+    if (isJson(request)) return fingerprintOf({ url: request.url, ...(await readJson(request)) });
     const upload = await receiveUpload(request, {
       storage: nowhere,
       key: '',
@@ -235,6 +299,38 @@ export function createJobs(deps: JobsDeps) {
   }
 
   return { accept, fingerprint, find, get, present, cancelOrDelete, waitForEnd, servedModel };
+}
+
+const maxJsonBytes = 64 * 1024;
+
+function isJson(request: IncomingMessage): boolean {
+  return /^application\/json\s*(;|$)/i.test(request.headers['content-type'] ?? '');
+}
+
+/** @throws {ProblemError} bad_request, upload_cut */
+async function readJson(request: IncomingMessage): Promise<{ value: unknown; sha256: string }> {
+  const chunks: Buffer[] = [];
+  let bytes = 0;
+  try {
+    // Not ended early: whoever answers the refusal reads the rest away.
+    for await (const chunk of request.iterator({ destroyOnReturn: false })) {
+      bytes += chunk.length;
+      if (bytes > maxJsonBytes) throw new ProblemError('bad_request', 'A job in JSON holds 64 KiB at most.');
+      chunks.push(chunk);
+    }
+  } catch (error) {
+    if (error instanceof ProblemError) throw error;
+    throw new ProblemError('upload_cut', 'The connection ended before the request was complete.', {}, error);
+  }
+  const text = Buffer.concat(chunks);
+  try {
+    return {
+      value: JSON.parse(text.toString('utf8')),
+      sha256: createHash('sha256').update(text).digest('hex'),
+    };
+  } catch (error) {
+    throw new ProblemError('bad_request', 'The body is not JSON.', {}, error);
+  }
 }
 
 const nowhere: Pick<Storage, 'put' | 'delete'> = {

@@ -8,16 +8,24 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { pathToFileURL } from 'node:url';
 import type { JobRecord } from '@acousticsense/shared/job';
 import { createJobRecords, type JobRecords } from '@acousticsense/shared/job-records';
-import { audioKey, explanationKey, spectrogramKey, vectorsKey } from '@acousticsense/shared/object-keys';
+import {
+  audioKey,
+  explanationKey,
+  spectrogramKey,
+  uploadKey,
+  vectorsKey,
+} from '@acousticsense/shared/object-keys';
 import { openStorage } from '@acousticsense/shared/open-storage';
 import { createQueues, type Queues } from '@acousticsense/shared/queues';
 import { connectRedisForWorker } from '@acousticsense/shared/redis';
 import type { Storage } from '@acousticsense/shared/storage';
+import { writeUpload } from '@acousticsense/shared/uploads';
 import type { Redis } from 'ioredis';
 import { pino } from 'pino';
 import { acceptedJob } from '../../../test/job.ts';
 import { startRedis, type TestRedis } from '../../../test/redis.ts';
 import { createReconciler } from './reconciler.ts';
+import { createUploads } from './uploads.ts';
 
 const tenant = 'acme';
 const hour = 3_600_000;
@@ -47,12 +55,25 @@ describe('the reconciler', () => {
     await rm(directory, { recursive: true });
   });
 
+  const uploads = () =>
+    createUploads({
+      redis,
+      storage,
+      log: pino({ level: 'silent' }),
+      maxUploadBytes: 1_000,
+      uploadExpiryMs: day,
+      audioRetentionMs: day,
+      uploadUrlMs: hour,
+      charge: async () => {},
+    });
+
   const reconciler = (retention = {}) =>
     createReconciler({
       redis,
       records,
       queues,
       storage,
+      uploads: uploads(),
       log: pino({ level: 'silent' }),
       reconcileMs: 1_000,
       reconcileAfterMs: 0,
@@ -225,6 +246,42 @@ describe('the reconciler', () => {
     assert.equal(await reconciler().sweepObjects(), 1);
     assert.equal(await storage.stat('tensors/acme/old/p/s.1.npy'), undefined);
     assert.ok(await storage.stat('tensors/acme/new/p/s.1.npy'));
+  });
+
+  test('deletes uploads whose time is over, unfinished or used, and leaves the others', async () => {
+    const now = Date.now();
+    async function upload(begun: number, state: 'open' | 'finished', expiresAt: number) {
+      const id = idAt(begun);
+      const common = { v: 1, by: 'tus', size: 1, filename: 'a', createdAt: begun, expiresAt } as const;
+      await writeUpload(
+        storage,
+        tenant,
+        id,
+        state === 'open'
+          ? { ...common, state }
+          : { ...common, state, etag: 'e', completedAt: expiresAt - day },
+      );
+      await object(uploadKey(tenant, id), now - begun);
+      return uploadKey(tenant, id);
+    }
+    const kept = [
+      await upload(now - hour, 'open', now + 23 * hour),
+      await upload(now - 30 * hour, 'finished', now + 10 * hour),
+    ];
+    const gone = [
+      await upload(now - 26 * hour, 'open', now - 2 * hour),
+      await upload(now - 27 * hour, 'finished', now - 2 * hour),
+      await upload(now - 50 * hour, 'finished', now - 3 * hour),
+    ];
+    await reconciler().sweepObjects(now);
+    const left = (await Array.fromAsync(storage.list('uploads/'))).map(({ key }) => key);
+    assert.deepEqual(left.sort(), kept.flatMap((key) => [key, `${key}.json`]).sort());
+    for (const key of gone) assert.equal(await storage.stat(key), undefined);
+    await reconciler().sweepObjects(now + 12 * hour);
+    assert.equal(await storage.stat(kept[1]!), undefined);
+    assert.ok(await storage.stat(kept[0]!));
+    await storage.delete(kept[0]!);
+    await storage.delete(`${kept[0]!}.json`);
   });
 
   test('of two processes one works; the other takes over when it stops', async () => {

@@ -3,7 +3,8 @@
  *
  * - An unfinished record whose queue job has vanished (a Redis that lost its last writes, an add that never came
  *   through) gets it back.
- * - Objects without a record, audio past its retention and old tensors are deleted, an hour's prefix at a time.
+ * - Objects without a record, audio and uploads past their retention and old tensors are deleted, an hour's prefix at
+ *   a time.
  *
  * One process at a time does it, by a lease in Redis. Doing it twice would be harmless: adds are idempotent and
  * deletes too.
@@ -18,12 +19,14 @@ import { liveWorkers, stageOfWorker } from '@acousticsense/shared/serving';
 import type { Storage } from '@acousticsense/shared/storage';
 import type { Redis } from 'ioredis';
 import type { Logger } from 'pino';
+import type { Uploads } from './uploads.ts';
 
 export interface ReconcilerDeps {
   readonly redis: Redis;
   readonly records: JobRecords;
   readonly queues: Queues;
   readonly storage: Storage;
+  readonly uploads: Pick<Uploads, 'ages' | 'sweepHour'>;
   readonly log: Logger;
   readonly reconcileMs: number;
   readonly reconcileAfterMs: number;
@@ -33,14 +36,22 @@ export interface ReconcilerDeps {
 }
 
 const leaseKey = 'as:reconciler:lease';
-/** Hours (epoch ms) in which something stayed past its time, by when to look again. */
-const lateKey = 'as:reconciler:late';
 const hour = 3_600_000;
 const page = 1_000;
 /** How long an object may lie without a record: an upload may take that long. */
 const orphanMs = 24 * hour;
 /** At the first start, hours further back than this are not looked through. */
 const lookBackMs = 7 * 24 * hour;
+
+/** Objects that lie under the hour in which something began. */
+interface Hourly {
+  /** Of the keys in Redis that say how far the sweep is. */
+  readonly keys: string;
+  /** Ages (ms) of an hour's objects at which some of them may be deleted. */
+  readonly ages: Iterable<number>;
+  /** @returns how many objects were deleted, and when (epoch ms) to come back to what stays past the last age. */
+  sweepHour(time: number, now: number): Promise<{ deleted: number; again: number | undefined }>;
+}
 
 /** What there is of an object's job. */
 type Found = 'none' | 'open' | 'finished';
@@ -108,28 +119,44 @@ export function createReconciler(deps: ReconcilerDeps) {
     return true;
   }
 
-  /**
-   * Looks through each hour's jobs once it has come to an age at which something in it may be deleted.
-   * @returns how many objects were deleted.
-   */
+  const jobs: Hourly = {
+    keys: 'as:reconciler',
+    ages: [orphanMs, deps.audioRetentionMs, deps.resultRetentionMs + hour],
+    sweepHour: sweepJobs,
+  };
+  const uploads: Hourly = { keys: 'as:reconciler:uploads', ...deps.uploads };
+
+  /** @returns how many objects were deleted. */
   async function sweepObjects(now = Date.now()): Promise<number> {
+    return (await sweep(jobs, now)) + (await sweep(uploads, now)) + (await sweepTensors(now));
+  }
+
+  /** Looks through each hour once it has come to an age at which something in it may be deleted. */
+  async function sweep({ keys, ages, sweepHour }: Hourly, now: number): Promise<number> {
+    /** Hours (epoch ms) in which something stayed, by when to look again. */
+    const lateKey = `${keys}:late`;
     let deleted = 0;
-    for (const age of new Set([orphanMs, deps.audioRetentionMs, deps.resultRetentionMs + hour])) {
-      const cursorKey = `as:reconciler:swept:${age}`;
+    const look = async (time: number) => {
+      const seen = await sweepHour(time, now);
+      deleted += seen.deleted;
+      // The cursors never come back to this hour.
+      if (seen.again === undefined) await redis.zrem(lateKey, time);
+      else await redis.zadd(lateKey, seen.again, time);
+    };
+    for (const age of new Set(ages)) {
+      const cursorKey = `${keys}:swept:${age}`;
       const until = Math.floor((now - age) / hour) * hour;
       const last = Number((await redis.get(cursorKey)) ?? until - lookBackMs);
       for (let time = last; time < until; time += hour) {
-        deleted += await sweepHour(time, now);
+        await look(time);
         await redis.set(cursorKey, time + hour);
       }
     }
-    for (const time of await redis.zrangebyscore(lateKey, '-inf', now)) {
-      deleted += await sweepHour(Number(time), now);
-    }
-    return deleted + (await sweepTensors(now));
+    for (const time of await redis.zrangebyscore(lateKey, '-inf', now)) await look(Number(time));
+    return deleted;
   }
 
-  async function sweepHour(time: number, now: number): Promise<number> {
+  async function sweepJobs(time: number, now: number) {
     let deleted = 0;
     let late = false;
     const known = new Map<string, Found>();
@@ -153,10 +180,10 @@ export function createReconciler(deps: ReconcilerDeps) {
         (name === 'audio' && allOlderThan(deps.audioRetentionMs)) ||
         allOlderThan(deps.resultRetentionMs + hour);
     }
-    // The cursors never come back to this hour.
-    if (late) await redis.zadd(lateKey, now + hour, time);
-    else await redis.zrem(lateKey, time);
-    return deleted;
+    // What processes that were killed had begun to write.
+    if (allOlderThan(orphanMs))
+      await storage.abandonParts(hourPrefix(new Date(time)), new Date(now - orphanMs));
+    return { deleted, again: late ? now + hour : undefined };
   }
 
   async function lookUp(tenant: string, jobId: string): Promise<Found> {

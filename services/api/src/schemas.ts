@@ -159,6 +159,7 @@ export const jobRequestSchema = z.strictObject({
   duration: z.number().positive().max(1e6).optional(),
   explain: z.boolean().default(false),
   vectors: z.boolean().default(false),
+  ref: z.string().trim().min(1).max(256).optional().describe("the caller's own name for the track"),
 });
 
 const guess = z.strictObject({ label: z.string(), confidence: z.number().min(0).max(1) });

@@ -11,7 +11,7 @@ import { after, before, describe, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { pathToFileURL } from 'node:url';
 import { ProblemError } from '@acousticsense/shared/errors';
-import { uploadKey } from '@acousticsense/shared/object-keys';
+import { timeOf, uploadKey } from '@acousticsense/shared/object-keys';
 import { openStorage } from '@acousticsense/shared/open-storage';
 import { connectRedis } from '@acousticsense/shared/redis';
 import { ObjectChanged, type Storage } from '@acousticsense/shared/storage';
@@ -341,23 +341,25 @@ for (const kind of ['directory', 's3'] as const) {
       assert.equal(await storage.stat(orphan), undefined);
       await sleep(1_500);
       await assert.rejects(findUpload(storage, 'acme', finished), { code: 'upload_not_found' });
-      assert.equal((await brief.uploads.sweepHour(time, Date.now())).late, false);
+      assert.equal((await brief.uploads.sweepHour(time, Date.now())).again, undefined);
       assert.deepEqual(await keysOf(storage), []);
       await brief.uploads.sweepHour(time, time + hour + 1_000_000);
       assert.equal((await s3?.unfinishedParts()) ?? 0, 0);
     });
 
-    test('whose hour is long over and which must stay is looked at again', async () => {
+    test('that stays when its hour is looked through says when to come back, damaged too', async () => {
       await clear(storage);
-      const id = await begin(api, 10);
       const time = Math.floor(Date.now() / hour) * hour;
-      const long = { uploadExpiryMs: 2 * hour, audioRetentionMs: hour };
-      await using other = await serve(storage, long);
-      const record = await readUploadRecord(storage, 'acme', id);
-      await writeUpload(storage, 'acme', id, { ...record!, expiresAt: time + 9 * hour });
-      assert.equal((await other.uploads.sweepHour(time, time + 2 * hour)).late, false);
-      assert.equal((await other.uploads.sweepHour(time, time + 4 * hour)).late, true);
-      await clear(storage);
+      assert.equal((await api.uploads.sweepHour(time, time + 2 * hour)).again, undefined);
+      const id = await begin(api, 10);
+      await patch(api, id, 0, randomBytes(10));
+      const { expiresAt } = (await readUploadRecord(storage, 'acme', id))!;
+      assert.equal((await api.uploads.sweepHour(time, expiresAt - 1)).again, expiresAt);
+      await storage.put(`${uploadKey('acme', id)}.json`, Buffer.from('{'));
+      const { again } = await api.uploads.sweepHour(time, time + hour);
+      assert.equal(again, timeOf(id).getTime() + 2 * hour);
+      await api.uploads.sweepHour(time, again!);
+      assert.deepEqual(await keysOf(storage), []);
     });
 
     test('leaves no lock behind', async () => {

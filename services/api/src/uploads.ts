@@ -3,7 +3,7 @@
  * signed URLs. An upload is a record and the bytes beside it (`packages/shared/src/uploads.ts`).
  */
 import { randomUUIDv7 } from 'node:crypto';
-import { ProblemError } from '@acousticsense/shared/errors';
+import { InfrastructureFault, ProblemError } from '@acousticsense/shared/errors';
 import { timeOf, uploadKey, uploadPrefix } from '@acousticsense/shared/object-keys';
 import {
   ObjectChanged,
@@ -338,56 +338,54 @@ export function createUploads(deps: UploadsDeps) {
       return findUpload(storage, tenant, id);
     },
 
-    /** Ages (ms) of an hour's uploads at which some may be deleted. */
-    ages: [
-      deps.uploadExpiryMs,
-      deps.audioRetentionMs,
-      // By then the last one that was begun in the hour has been finished, and has had its time.
-      deps.uploadExpiryMs + deps.audioRetentionMs,
-    ],
+    /** Ages (ms) of an hour's uploads at which the first may be deleted; then `sweepHour` says when to come back. */
+    ages: [deps.uploadExpiryMs, deps.audioRetentionMs],
 
     /**
      * Deletes what has expired of the uploads begun in the hour from `time`, and objects that belong to none.
-     * @returns how many objects were deleted, and whether something stays that no later look will find.
+     * @returns how many objects were deleted, and when the last that stays has expired (epoch ms).
      */
-    async sweepHour(time: number, now: number): Promise<{ deleted: number; late: boolean }> {
+    async sweepHour(time: number, now: number): Promise<{ deleted: number; again: number | undefined }> {
       const prefix = uploadPrefix(new Date(time));
-      const allOlderThan = (age: number) => now - (time + hour) >= age;
-      const states = new Map<string, UploadRecord['state'] | 'none'>();
+      const lives = new Map<string, number | undefined>();
       let deleted = 0;
-      let late = false;
+      let again: number | undefined;
       for await (const { key, lastModified } of storage.list(prefix)) {
         const [, , tenant, name = ''] = key.split('/');
         const id = name.slice(0, 36);
         if (!tenant || !isUploadId(id)) continue;
-        let state = states.get(id);
-        if (state === undefined) {
-          state = await expire(tenant, id, now);
-          states.set(id, state);
-        }
-        if (state === 'none' && now - lastModified.getTime() > deps.uploadExpiryMs) {
+        const upload = `${tenant}/${id}`;
+        if (!lives.has(upload)) lives.set(upload, await expire(tenant, id, now));
+        const until = lives.get(upload) ?? lastModified.getTime() + deps.uploadExpiryMs;
+        if (until > now) again = Math.max(again ?? 0, until);
+        else {
           await storage.delete(key);
           deleted += 1;
-        } else {
-          const most = deps.uploadExpiryMs + (state === 'finished' ? deps.audioRetentionMs : 0);
-          late ||= allOlderThan(most);
         }
       }
-      // Those whose record never came to be, and ours that died with their process.
-      if (allOlderThan(deps.uploadExpiryMs))
+      // Those whose record never came to be.
+      if (now - (time + hour) >= deps.uploadExpiryMs)
         await storage.abandonParts(prefix, new Date(now - deps.uploadExpiryMs));
-      return { deleted, late };
+      return { deleted, again };
     },
   };
 
-  /** Deletes it if its time has come. @returns what is left of it. */
-  async function expire(tenant: string, id: string, now: number): Promise<UploadRecord['state'] | 'none'> {
-    const record = await readUploadRecord(storage, tenant, id);
-    if (record === undefined) return 'none';
-    if (record.expiresAt > now) return record.state;
-    await locks.run(`${tenant}/${id}`, () => removeLocked(tenant, id, record));
-    log.info({ uploadId: id, tenant, state: record.state }, 'upload expired');
-    return 'none';
+  /** Deletes it if its time has come. @returns until when it lives; undefined when there is none (any more). */
+  async function expire(tenant: string, id: string, now: number): Promise<number | undefined> {
+    try {
+      const record = await readUploadRecord(storage, tenant, id);
+      if (record === undefined || record.expiresAt > now) return record?.expiresAt;
+      await locks.run(`${tenant}/${id}`, () => removeLocked(tenant, id, record));
+      log.info({ uploadId: id, tenant, state: record.state }, 'upload expired');
+      return undefined;
+    } catch (error) {
+      // One record that cannot be read, or that somebody holds on to, must not keep the others waiting.
+      if (error instanceof InfrastructureFault) throw error;
+      log.error({ err: error, uploadId: id, tenant }, 'upload cannot be looked at');
+      // The longest that it can have been meant to live.
+      const most = timeOf(id).getTime() + deps.uploadExpiryMs + deps.audioRetentionMs;
+      return most;
+    }
   }
 }
 

@@ -13,7 +13,7 @@ import {
   type StoredAudio,
   sidecarSchema,
 } from '@acousticsense/shared/job';
-import { audioKey, spectrogramKey } from '@acousticsense/shared/object-keys';
+import { audioKey, spectrogramKey, uploadKey } from '@acousticsense/shared/object-keys';
 import { openStorage } from '@acousticsense/shared/open-storage';
 import { connectRedisForWorker } from '@acousticsense/shared/redis';
 import { sourceDefinitionSchema } from '@acousticsense/shared/sources';
@@ -319,3 +319,36 @@ test('a list of sources that cannot be read now is no fault of the job', async (
   });
   await assert.rejects(stage.run(job, signal()), InfrastructureFault);
 });
+
+for (const [where, url] of [
+  ['a directory', pathToFileURL(at.file('uploads')).href],
+  ['a bucket', s3.url],
+] as const) {
+  test(`an upload in ${where} is read as it was when the job was made of it, or not at all`, async () => {
+    const uploads = openStorage(url);
+    closers.push(() => uploads.close());
+    const made = await makeJob();
+    const key = uploadKey('local', made.job.record.id);
+    const etag = await uploads.put(key, audio);
+    const job = {
+      ...made.job,
+      record: { ...made.job.record, audio: { key, size: audio.length, etag, filename: 'a.wav' } },
+    };
+    const stage = createDecodeStage({
+      ...{ storage: uploads, frontEnd, queues: { async add() {} }, ...sourceDeps, profileHash },
+      scratchDirectory: made.scratchDirectory,
+    });
+    await stage.run(job, signal());
+    assert.equal(
+      made.commits[0]![1].decoded!.contentId,
+      createHash('sha256').update(audio).digest('hex'),
+      'nobody knew it before',
+    );
+    await uploads.put(key, wav([song({ seconds: 11 })]));
+    await assert.rejects(stage.run(job, signal()), { name: 'ProblemError', code: 'source_changed' });
+    await uploads.delete(key);
+    await assert.rejects(stage.run(job, signal()), { name: 'ProblemError', code: 'audio_gone' });
+    assert.equal(made.commits.length, 1);
+    assert.deepEqual(await readdir(made.scratchDirectory), []);
+  });
+}

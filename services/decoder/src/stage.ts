@@ -19,7 +19,7 @@ import type { Queues } from '@acousticsense/shared/queues';
 import type { SourceReader } from '@acousticsense/shared/source-reader';
 import type { Sources } from '@acousticsense/shared/sources';
 import type { Stage, StageJob } from '@acousticsense/shared/stage';
-import { ObjectNotFound, type Storage, toScratch } from '@acousticsense/shared/storage';
+import { ObjectChanged, ObjectNotFound, type Storage, toScratch } from '@acousticsense/shared/storage';
 import { type Analysis, type FrontEnd, frontEndVersion } from './front-end.ts';
 import { hashSelection } from './windows.ts';
 
@@ -152,14 +152,22 @@ export function createDecodeStage({
   }
 
   async function fetchStored(
-    { key, sha256 }: StoredAudio,
+    { key, etag, sha256 }: StoredAudio,
     file: string,
     signal: AbortSignal,
   ): Promise<string> {
     try {
-      await toScratch(storage, key, file, signal);
+      await toScratch(storage, key, file, signal, etag === undefined ? {} : { ifMatch: etag });
       return sha256 ?? (await digestOf(file));
     } catch (error) {
+      if (error instanceof ObjectChanged) {
+        throw new ProblemError(
+          'source_changed',
+          'The upload was replaced after this job was made of it, by its signed URL: upload it anew.',
+          {},
+          error,
+        );
+      }
       if (!(error instanceof ObjectNotFound)) throw error;
       throw new ProblemError(
         'audio_gone',

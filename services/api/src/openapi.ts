@@ -14,6 +14,13 @@ const problem = (description: string) => ({
   description,
   content: { 'application/problem+json': { schema: ref('Problem') } },
 });
+/** Of the routes that make something. */
+const idempotencyKey = {
+  name: 'Idempotency-Key',
+  in: 'header',
+  description: 'The same request with the same key within 24 hours is carried out once and answered alike.',
+  schema: { type: 'string', maxLength: 255 },
+};
 const id = { name: 'id', in: 'path', required: true, schema: { type: 'string', format: 'uuid' } };
 
 function schemaOf(schema: z.ZodType, io: 'input' | 'output' = 'output'): Record<string, unknown> {
@@ -59,6 +66,7 @@ function describeApi() {
         post: {
           operationId: 'createJob',
           summary: 'Send audio; its genres are found in the background.',
+          parameters: [idempotencyKey],
           requestBody: form('file'),
           responses: {
             202: {
@@ -66,9 +74,11 @@ function describeApi() {
               headers: { Location: { schema: { type: 'string' } } },
             },
             400: problem('The form or an option cannot be used.'),
+            409: problem('A request with this Idempotency-Key is being carried out.'),
             413: problem('The file is too large.'),
             415: problem('Not multipart/form-data.'),
-            422: problem('The file is empty.'),
+            422: problem('The file is empty, or the Idempotency-Key came with another request before.'),
+            429: problem('A limit of the tenant is reached; Retry-After says when to come again.'),
             503: problem('Nobody takes jobs at present.'),
           },
         },
@@ -228,7 +238,12 @@ function describeApi() {
         },
       },
     },
+    security: [{}, { bearer: [] }, { header: [] }],
     components: {
+      securitySchemes: {
+        bearer: { type: 'http', scheme: 'bearer', description: 'The API key, where one is asked for.' },
+        header: { type: 'apiKey', in: 'header', name: 'X-Api-Key' },
+      },
       schemas: {
         Job: schemaOf(jobSchema),
         Model: schemaOf(modelSchema),

@@ -11,7 +11,6 @@ import path from 'node:path';
 import { text } from 'node:stream/consumers';
 import { after, before, describe, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
-import type { Redis } from 'ioredis';
 import { connectRedisForWorker } from '../packages/shared/src/redis.ts';
 import { sine, wav } from './audio.ts';
 import {
@@ -45,6 +44,7 @@ async function acousticsense(system: System, ...args: string[]): Promise<string>
   return output.trim();
 }
 
+type Redis = ReturnType<typeof connectRedisForWorker>;
 type Body = Job & Problem;
 /** The API as a tenant's program calls it. */
 function callerOf(system: System, key: string) {

@@ -27,9 +27,11 @@
     events         array of strings (JSON objects)
     eventsKept     about how many events the stream keeps
     channel        pub/sub channel
-    batch          of a row: { id, chunk, row, index = row within the batch, tally = array of further counters to raise when it ends }
+    read           true: the answer holds the record as it is then
+    batch          of a row: { id, chunk, row, index = row within the batch, tally = array of further counters to
+                   raise when it ends, round = of the batch, when the record is created }
 
-  Returns {outcome, state, generation, version}
+  Returns {outcome, state, generation, version, fields and values of the record when it is to be read}
     "committed"  the record is now in `to`
     "already"    same generation, and the record is in `to` or has gone on from there: a repetition of a step
                  that was done; the caller hands on and is done. A row that was fed before is one too.
@@ -47,7 +49,8 @@ local current = redis.call('HMGET', KEYS[1], 'state', 'generation', 'version')
 local state, generation, version = current[1], tonumber(current[2]), tonumber(current[3]) or 0
 
 local function answer(outcome)
-  return { outcome, state or 'none', generation or 0, version }
+  local record = a.read and redis.call('HGETALL', KEYS[1]) or {}
+  return { outcome, state or 'none', generation or 0, version, record }
 end
 
 local expected = false
@@ -61,6 +64,8 @@ if state then
     return answer(state == 'cancelled' and 'cancelled' or 'refused')
   end
   if state == 'cancelled' and a.to ~= 'cancelled' then return answer('cancelled') end
+  -- A row ends once: it is tried again as a new record, after its chunk was closed.
+  if a.batch and rank[state] == 5 then expected = false end
   if not expected then
     -- A finished record never counts as "gone on" towards another ending: completed is not failed.
     local gone_on = rank[state] > rank[a.to] and state ~= 'failed'
@@ -81,16 +86,19 @@ if a.batch then
   if not state then
     -- No string: the chunk was closed, with this row in it. Another byte: the row was fed before.
     if byte ~= '.' then return answer('already') end
-    if redis.call('HGET', KEYS[4], 'state') ~= 'running' then return answer('refused') end
+    local batch = redis.call('HMGET', KEYS[4], 'state', 'round')
+    -- Of another round: prepared before the batch ended and was tried again.
+    if batch[1] ~= 'running' or a.batch.round ~= (tonumber(batch[2]) or 0) then return answer('refused') end
   end
   if ending or not state then
     redis.call('SETRANGE', KEYS[5], a.batch.row, ending or 'o')
     redis.call('HINCRBY', KEYS[4], state and 'open' or 'waiting', -1)
-    local count = redis.call('HINCRBY', KEYS[4], ending and a.to or 'open', 1)
-    -- The first failures are told with the batch, long before its results are read.
-    if a.to == 'failed' and count <= 20 then
-      redis.call('HSET', KEYS[4], 'fault:' .. count, cjson.encode({ row = a.batch.index, error = a.set.error }))
-    end
+    redis.call('HINCRBY', KEYS[4], ending and a.to or 'open', 1)
+  end
+  -- The first failures are told with the batch, long before its results are read.
+  if a.to == 'failed' and a.set.error and (tonumber(redis.call('HGET', KEYS[4], 'faultsTold')) or 0) < 20 then
+    local fault = redis.call('HINCRBY', KEYS[4], 'faultsTold', 1)
+    redis.call('HSET', KEYS[4], 'fault:' .. fault, cjson.encode({ row = a.batch.index, error = a.set.error }))
   end
   if ending then
     for _, counter in ipairs(a.batch.tally) do redis.call('HINCRBY', KEYS[4], counter, 1) end

@@ -93,6 +93,11 @@ export interface JobRecords {
   getMany(tenant: string, jobIds: readonly string[]): Promise<(JobRecord | undefined)[]>;
   exists(tenant: string, jobId: string): Promise<boolean>;
   commit(ref: JobRef, step: CommitStep): Promise<CommitResult>;
+  /** A commit, and the record as it is then; undefined when there is none. */
+  commitAndRead(
+    ref: JobRef,
+    step: CommitStep,
+  ): Promise<CommitResult & { readonly record: JobRecord | undefined }>;
   /** Tells subscribers how far a stage is; nothing is stored. */
   progress(ref: JobRef, state: JobState, version: number, fraction: number): Promise<void>;
   /** Removes a finished record. */
@@ -116,7 +121,7 @@ type ScriptedRedis = Redis & {
   acousticsenseCommit(
     numberOfKeys: number,
     ...keysAndArgument: string[]
-  ): Promise<[string, string, number, number]>;
+  ): Promise<[string, string, number, number, string[]]>;
 };
 
 /** Names of Redis keys: what one commit touches carries the tenant's hash tag. */
@@ -170,6 +175,7 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
     ref: JobRef,
     step: Omit<CommitStep, 'from' | 'set'> & { from: readonly string[]; set: Record<string, string> },
     tally: readonly string[] = [],
+    read = false,
   ) {
     const { tenant, batch } = ref;
     const argument = JSON.stringify({
@@ -196,7 +202,10 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
       ),
       eventsKept: retention.events,
       channel: changesChannel,
-      ...(batch ? { batch: { ...batch, index: rowIndex(batch), tally } } : {}),
+      ...(batch
+        ? { batch: { ...batch, index: rowIndex(batch), round: roundOf(ref.generation), tally } }
+        : {}),
+      ...(read ? { read } : {}),
     });
     const touched = [keys.record(tenant, ref.jobId), keys.open(tenant), keys.events(tenant)];
     if (batch)
@@ -205,23 +214,22 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
         keys.rows(tenant, batch.id, batch.chunk),
         keys.ended(tenant),
       );
-    const [outcome, state, generation, version] = await withRedis(() =>
+    const [outcome, state, generation, version, fields] = await withRedis(() =>
       scripted.acousticsenseCommit(touched.length, ...touched, argument),
     );
-    return { outcome, state, generation, version } as CommitResult;
+    return { result: { outcome, state, generation, version } as CommitResult, fields };
   }
 
   return {
     async create(record) {
-      // Outside the atomic step, because it lies in another hash slot; sent before it, so that no record is unknown
-      // to the reconciler. A tenant without jobs is harmless.
       const { tenant } = record;
       const { state: to = firstState(record.audio), ...fields } = record;
-      const events = to === 'completed' ? [{ type: 'job.completed' as const }] : [];
       const tally = record.reused ? ['reused'] : [];
-      const [, result] = await Promise.all([
-        withRedis(() => redis.sadd(keys.tenants, tenant)),
-        run(refOf(record), { from: ['none'], to, set: toHash(fields), events }, tally),
+      // Outside the atomic step, because it lies in another hash slot; sent before it, so that no record is unknown
+      // to the reconciler. A tenant without jobs is harmless; a row's is known since its batch was made.
+      const [, { result }] = await Promise.all([
+        record.batch ? undefined : withRedis(() => redis.sadd(keys.tenants, tenant)),
+        run(refOf(record), { from: ['none'], to, set: toHash(fields), events: endingOf(record) }, tally),
       ]);
       return result;
     },
@@ -246,7 +254,14 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
       return (await withRedis(() => redis.exists(keys.record(tenant, jobId)))) === 1;
     },
 
-    commit: (ref, step) => run(ref, { ...step, set: toHash(step.set ?? {}) }),
+    async commit(ref, step) {
+      return (await run(ref, { ...step, set: toHash(step.set ?? {}) })).result;
+    },
+
+    async commitAndRead(ref, step) {
+      const { result, fields } = await run(ref, { ...step, set: toHash(step.set ?? {}) }, [], true);
+      return { ...result, record: fields.length === 0 ? undefined : fromHash(pairsOf(fields)) };
+    },
 
     async progress({ tenant, jobId, generation, batch }, state, version, fraction) {
       if (batch) return;
@@ -272,6 +287,20 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
 /** From 0, through the whole batch. */
 export const rowIndex = ({ chunk, row }: Pick<BatchRow, 'chunk' | 'row'>): number => chunk * chunkRows + row;
 
+/**
+ * Every round of tries of a batch's rows has generations of its own, with room for what starts over within it: queue
+ * ids of an earlier round may still be taken.
+ */
+const generationsOfRound = 1_000;
+export const firstGeneration = (round: number): number => round * generationsOfRound + 1;
+const roundOf = (generation: number): number => Math.floor((generation - 1) / generationsOfRound);
+
+/** What is told of a record that has ended when it is made. */
+function endingOf({ state, error }: Pick<NewJobRecord, 'state' | 'error'>): JobEvent[] {
+  if (state === 'completed') return [{ type: 'job.completed' }];
+  return state === 'failed' ? [{ type: 'job.failed', data: { code: error?.code } }] : [];
+}
+
 /** Every state in which a job can still be cancelled or failed. */
 export const anyOpenState: readonly JobState[] = openStates;
 
@@ -281,6 +310,13 @@ function toHash(fields: Partial<JobRecord>): Record<string, string> {
   for (const [field, value] of Object.entries(fields)) {
     if (value !== undefined) hash[field] = json.has(field) ? JSON.stringify(value) : String(value);
   }
+  return hash;
+}
+
+/** Fields and values in turn, as a script gives a hash. */
+function pairsOf(flat: readonly string[]): Record<string, string> {
+  const hash: Record<string, string> = {};
+  for (let at = 0; at < flat.length; at += 2) hash[flat[at]!] = flat[at + 1]!;
   return hash;
 }
 

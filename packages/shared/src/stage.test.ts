@@ -69,8 +69,10 @@ describe('a stage', () => {
   async function accepted(): Promise<JobRecord> {
     const record = acceptedJob({ tenant, ...route });
     await backends.records.create(record);
+    const stored = (await backends.records.get(tenant, record.id))!;
+    // Last: from here on the stage runs, which may be what ends Redis.
     await backends.queues.add('decode', record);
-    return (await backends.records.get(tenant, record.id))!;
+    return stored;
   }
   async function until(what: string, holds: () => Promise<boolean>): Promise<void> {
     for (let n = 0; n < 400; n += 1) {

@@ -150,8 +150,8 @@ export function runStage(runner: StageRunner): void {
   }
 
   async function attempt(job: Job, ref: JobRef, log: Logger): Promise<{ outcome: string; code: string }> {
-    const begun = await records.commit(ref, { from: begins.from, to: begins.to, add: { [startsField]: 1 } });
-    const record = await records.get(ref.tenant, ref.jobId);
+    const step = { from: begins.from, to: begins.to, add: { [startsField]: 1 } };
+    const { record, ...begun } = await records.commitAndRead(ref, step);
     if (record === undefined || begun.outcome === 'missing' || begun.outcome === 'cancelled') {
       await cleanUp(ref);
       return { outcome: 'cancelled', code: 'none' };

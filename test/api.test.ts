@@ -258,6 +258,9 @@ describe('the API', () => {
       ['/v1/jobs/x/vectors', 'PUT', 'GET, HEAD'],
       ['/v1/model', 'POST', 'GET, HEAD'],
       ['/openapi.json', 'POST', 'GET, HEAD'],
+      ['/v1/uploads', 'GET', 'POST'],
+      ['/v1/uploads/x', 'PUT', 'GET, HEAD, DELETE'],
+      ['/v1/uploads/x/complete', 'GET', 'POST'],
       ['/api/predict/', 'GET', 'POST'],
     ] as const) {
       const answer = await request<Problem>(system.url + at, { method });
@@ -481,6 +484,12 @@ describe('the API', () => {
       '/v1/model',
       '/v1/sources',
       '/v1/sources/{name}',
+      '/v1/uploads',
+      '/v1/uploads/tus',
+      '/v1/uploads/tus/{id}',
+      '/v1/uploads/{id}',
+      '/v1/uploads/{id}/complete',
+      '/v1/uploads/{id}/parts',
     ]);
     for (const operations of Object.values(body.paths)) {
       for (const operation of Object.values(operations as Record<string, { responses?: object }>)) {

@@ -12,6 +12,7 @@ declare module 's3rver' {
     readonly middleware: unknown[];
     readonly store: {
       getResourcePath(bucket: string, key: string | undefined, resource: string): string;
+      deleteObject(bucket: string, key: string): Promise<void>;
       getMetadata(bucket: string, key: string): Promise<Record<string, string>>;
       getBucket(bucket: string): Promise<unknown>;
       listObjects(

@@ -2,7 +2,18 @@
 import { explanationSchema, vectorsSchema } from '@acousticsense/shared/job';
 import { sourceDefinitionSchema, sourceSchema } from '@acousticsense/shared/sources';
 import { z } from 'zod';
-import { jobOptionsSchema, jobSchema, modelSchema, predictionSchema, problemSchema } from './schemas.ts';
+import {
+  jobOptionsSchema,
+  jobRequestSchema,
+  jobSchema,
+  modelSchema,
+  predictionSchema,
+  problemSchema,
+  uploadCompletionSchema,
+  uploadPartsSchema,
+  uploadRequestSchema,
+  uploadSchema,
+} from './schemas.ts';
 import { registeredSourceSchema, sourceListSchema } from './source-routes.ts';
 
 const ref = (name: string) => ({ $ref: `#/components/schemas/${name}` });
@@ -28,7 +39,7 @@ function schemaOf(schema: z.ZodType, io: 'input' | 'output' = 'output'): Record<
   return rest;
 }
 
-function form(field: string): Record<string, unknown> {
+function form(field: string) {
   const options = schemaOf(jobOptionsSchema, 'input') as { properties: Record<string, unknown> };
   const properties = {
     ...options.properties,
@@ -39,6 +50,11 @@ function form(field: string): Record<string, unknown> {
     content: { 'multipart/form-data': { schema: { type: 'object', properties, required: [field] } } },
   };
 }
+
+const jsonBody = (name: string) => ({
+  required: true,
+  content: { 'application/json': { schema: ref(name) } },
+});
 
 /** What any request may be told: the key, the host, the method, a part that is away. */
 const anyProblem = problem('Another problem; its `code` says which.');
@@ -67,16 +83,22 @@ function describeApi() {
           operationId: 'createJob',
           summary: 'Send audio; its genres are found in the background.',
           parameters: [idempotencyKey],
-          requestBody: form('file'),
+          requestBody: {
+            required: true,
+            content: { ...form('file').content, 'application/json': { schema: ref('JobRequest') } },
+          },
           responses: {
             202: {
               ...json('Job', 'Accepted: the job, where Location points.'),
               headers: { Location: { schema: { type: 'string' } } },
             },
-            400: problem('The form or an option cannot be used.'),
-            409: problem('A request with this Idempotency-Key is being carried out.'),
+            400: problem('The form, the JSON or an option cannot be used.'),
+            404: problem('No such upload.'),
+            409: problem(
+              'A request with this Idempotency-Key is being carried out, or the upload is unfinished.',
+            ),
             413: problem('The file is too large.'),
-            415: problem('Not multipart/form-data.'),
+            415: problem('Neither multipart/form-data nor JSON.'),
             422: problem('The file is empty, or the Idempotency-Key came with another request before.'),
             429: problem('A limit of the tenant is reached; Retry-After says when to come again.'),
             503: problem('Nobody takes jobs at present.'),
@@ -167,6 +189,95 @@ function describeApi() {
           responses: { 200: json('Model', 'The model.'), 503: problem('None is served.') },
         },
       },
+      '/v1/uploads': {
+        post: {
+          operationId: 'createUpload',
+          summary: 'Begin an upload straight to the bucket, by signed URLs (where objects lie in one).',
+          requestBody: jsonBody('UploadRequest'),
+          responses: {
+            201: json('Upload', 'Where to PUT the first 100 parts.'),
+            400: problem('An option cannot be used, or objects lie in a directory here.'),
+            413: problem('The file is too large.'),
+            415: problem('Not JSON.'),
+            429: problem('A limit of the tenant is reached.'),
+          },
+        },
+      },
+      '/v1/uploads/{id}': {
+        parameters: [id],
+        get: {
+          operationId: 'getUpload',
+          summary: 'How far an upload is, and when it expires.',
+          responses: { 200: json('Upload', 'The upload.'), 404: problem('No such upload.') },
+        },
+        delete: {
+          operationId: 'deleteUpload',
+          summary: 'Delete an upload, finished or not.',
+          responses: { 204: { description: 'Deleted.' }, 404: problem('No such upload.') },
+        },
+      },
+      '/v1/uploads/{id}/parts': {
+        parameters: [
+          id,
+          {
+            ...{ name: 'after', in: 'query', description: 'the last number of the page before' },
+            schema: { type: 'integer', minimum: 0, maximum: 10_000, default: 0 },
+          },
+        ],
+        get: {
+          operationId: 'signUploadParts',
+          summary: 'New URLs for the parts, and the ETags of those that have come.',
+          responses: {
+            200: json('UploadParts', '100 parts at most.'),
+            404: problem('No such upload.'),
+            409: problem('It is finished.'),
+          },
+        },
+      },
+      '/v1/uploads/{id}/complete': {
+        parameters: [id],
+        post: {
+          operationId: 'completeUpload',
+          summary: 'Put the parts together; each is named by the ETag that its PUT was answered with.',
+          requestBody: jsonBody('UploadCompletion'),
+          responses: {
+            200: json('Upload', 'Finished, now or before.'),
+            400: problem('Not every part is named once.'),
+            404: problem('No such upload.'),
+            409: problem('A part is missing, or is not the one that is named.'),
+          },
+        },
+      },
+      '/v1/uploads/tus': {
+        post: {
+          operationId: 'createTusUpload',
+          summary: 'Begin a resumable upload by tus 1.0; docs/uploads.md says more.',
+          responses: { 201: { description: 'Created, where Location points.' } },
+        },
+        options: {
+          operationId: 'describeTus',
+          summary: "The protocol's extensions, and the largest upload.",
+          responses: { 204: { description: 'In the headers Tus-Extension and Tus-Max-Size.' } },
+        },
+      },
+      '/v1/uploads/tus/{id}': {
+        parameters: [id],
+        head: {
+          operationId: 'getTusOffset',
+          summary: 'How many bytes have come.',
+          responses: { 200: { description: 'In the header Upload-Offset.' } },
+        },
+        patch: {
+          operationId: 'sendTusBytes',
+          summary: 'Send bytes from that offset on.',
+          responses: { 204: { description: 'In the header Upload-Offset.' } },
+        },
+        delete: {
+          operationId: 'deleteTusUpload',
+          summary: 'Delete it.',
+          responses: { 204: { description: 'Deleted.' } },
+        },
+      },
       '/v1/sources': {
         get: {
           operationId: 'listSources',
@@ -246,6 +357,11 @@ function describeApi() {
       },
       schemas: {
         Job: schemaOf(jobSchema),
+        JobRequest: schemaOf(jobRequestSchema, 'input'),
+        Upload: schemaOf(uploadSchema),
+        UploadParts: schemaOf(uploadPartsSchema),
+        UploadRequest: schemaOf(uploadRequestSchema, 'input'),
+        UploadCompletion: schemaOf(uploadCompletionSchema, 'input'),
         Model: schemaOf(modelSchema),
         Explanation: schemaOf(explanationSchema),
         Vectors: schemaOf(vectorsSchema),

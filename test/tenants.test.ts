@@ -190,7 +190,7 @@ describe('an API', () => {
   before(async () => {
     system = await startSystem({
       env: { API_KEY: operatorKey, REQUESTS_PER_MINUTE: '1000' },
-      without: ['decoder', 'inference', 'fetch'],
+      without: ['decoder', 'inference', 'fetch', 'feeder'],
     });
     redis = connectRedisForWorker(system.redis.url);
     await announceWorkers(redis);

@@ -14,7 +14,6 @@
  */
 import { createHash, randomUUID } from 'node:crypto';
 import type { IncomingMessage } from 'node:http';
-import { pipeline, type Readable, Transform } from 'node:stream';
 import { ProblemError } from '@acousticsense/shared/errors';
 import { withRedis } from '@acousticsense/shared/redis';
 import type { Response } from 'express';
@@ -199,26 +198,6 @@ export function fingerprintOf(request: {
   return createHash('sha256')
     .update(JSON.stringify([query, fields, request.sha256]))
     .digest('hex');
-}
-
-/** A body that is measured while it is read: its size, and its SHA-256 once it has ended. */
-export function measureBody(source: Readable): {
-  readonly body: Readable;
-  readonly bytes: () => number;
-  readonly sha256: () => string;
-} {
-  const hash = createHash('sha256');
-  let bytes = 0;
-  const body = new Transform({
-    transform(chunk: Buffer, _encoding, done) {
-      hash.update(chunk);
-      bytes += chunk.length;
-      done(null, chunk);
-    },
-  });
-  // What breaks the source breaks the body: its reader is told.
-  pipeline(source, body, () => {});
-  return { body, bytes: () => bytes, sha256: () => hash.copy().digest('hex') };
 }
 
 /** The draft wants a quoted string (RFC 8941); most clients send the bare one, which means the same here. */

@@ -9,7 +9,9 @@
   KEYS[1]  job record       hash        {tenant}
   KEYS[2]  open jobs        sorted set  {tenant}  member: job id, score: updatedAt
   KEYS[3]  event stream     stream      {tenant}
-  Of a row only:
+  Of a job that is no row:
+  KEYS[4]  finished jobs    sorted set  {tenant}  member: job id, score: when it finished; by it the oldest go
+  Of a row:
   KEYS[4]  batch            hash        {tenant}  see batch.lua
   KEYS[5]  row states       string      {tenant}  one byte a row of this chunk, while the chunk is open
   KEYS[6]  ended chunks     set         {tenant}  "<batch id>/<chunk>": every row has ended, the part is to be written
@@ -123,7 +125,10 @@ if #a.clear > 0 then redis.call('HDEL', KEYS[1], unpack(a.clear)) end
 
 if rank[state] == 5 then
   redis.call('ZREM', KEYS[2], a.jobId)
-  if not a.batch then redis.call('EXPIRE', KEYS[1], a.retention) end
+  if not a.batch then
+    redis.call('ZADD', KEYS[4], a.now, a.jobId)
+    redis.call('EXPIRE', KEYS[1], a.retention)
+  end
 else
   redis.call('ZADD', KEYS[2], a.now, a.jobId)
   if not a.batch then redis.call('PERSIST', KEYS[1]) end

@@ -105,6 +105,11 @@ export interface JobRecords {
   /** Open jobs whose record has not changed since `before` (epoch ms), oldest first. */
   openSince(tenant: string, before: number, limit: number, offset?: number): Promise<string[]>;
   countOpen(tenant: string): Promise<number>;
+  /**
+   * The oldest finished jobs (no rows of batches) beyond the `kept` newest, at most `limit`; what has expired is
+   * forgotten first.
+   */
+  finishedBeyond(tenant: string, kept: number, limit: number): Promise<string[]>;
   tenants(): Promise<string[]>;
 }
 
@@ -128,6 +133,7 @@ type ScriptedRedis = Redis & {
 export const keys = {
   record: (tenant: string, jobId: string) => `as:{${tenant}}:job:${jobId}`,
   open: (tenant: string) => `as:{${tenant}}:open`,
+  finished: (tenant: string) => `as:{${tenant}}:finished`,
   events: (tenant: string) => `as:{${tenant}}:events`,
   batch: (tenant: string, batchId: string) => `as:{${tenant}}:batch:${batchId}`,
   rows: (tenant: string, batchId: string, chunk: number) => `as:{${tenant}}:batch:${batchId}:rows:${chunk}`,
@@ -214,6 +220,7 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
         keys.rows(tenant, batch.id, batch.chunk),
         keys.ended(tenant),
       );
+    else touched.push(keys.finished(tenant));
     const [outcome, state, generation, version, fields] = await withRedis(() =>
       scripted.acousticsenseCommit(touched.length, ...touched, argument),
     );
@@ -271,12 +278,26 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
 
     async remove(tenant, jobId) {
       await withRedis(() =>
-        redis.multi().del(keys.record(tenant, jobId)).zrem(keys.open(tenant), jobId).exec(),
+        redis
+          .multi()
+          .del(keys.record(tenant, jobId))
+          .zrem(keys.open(tenant), jobId)
+          .zrem(keys.finished(tenant), jobId)
+          .exec(),
       );
     },
 
     openSince: (tenant, before, limit, offset = 0) =>
       withRedis(() => redis.zrangebyscore(keys.open(tenant), '-inf', before, 'LIMIT', offset, limit)),
+
+    async finishedBeyond(tenant, kept, limit) {
+      const key = keys.finished(tenant);
+      await withRedis(() =>
+        redis.zremrangebyscore(key, '-inf', String(Date.now() - retention.resultSeconds * 1_000)),
+      );
+      const excess = (await withRedis(() => redis.zcard(key))) - kept;
+      return excess <= 0 ? [] : withRedis(() => redis.zrange(key, 0, Math.min(excess, limit) - 1));
+    },
 
     countOpen: (tenant) => withRedis(() => redis.zcard(keys.open(tenant))),
 

@@ -61,6 +61,10 @@ const schema = z.object({
     .default(3_600),
   /** How long a decoded tensor is kept to save decoding the same audio again. */
   TENSOR_RETENTION_HOURS: z.coerce.number().positive().default(24),
+  /** Finished jobs that a tenant may have, rows of batches aside: each takes about 3 kB of Redis. */
+  JOBS_KEPT: z.coerce.number().int().min(1).default(100_000),
+  /** How many decoded tensors are kept; the oldest go first. 0: any number. */
+  TENSORS_KEPT: z.coerce.number().int().min(0).default(0),
   /** How often the reconciler looks. */
   RECONCILE_SECONDS: z.coerce.number().positive().default(15),
   /** How old an unfinished record must be before its queue job is looked for. */
@@ -86,6 +90,8 @@ export interface ApiConfig extends ServiceConfig, CommonConfig {
   readonly indexDirectory: string;
   readonly resultRetentionMs: number;
   readonly tensorRetentionMs: number;
+  readonly jobsKept: number;
+  readonly tensorsKept: number;
   readonly uploadExpiryMs: number;
   readonly uploadUrlMs: number;
   readonly reconcileMs: number;
@@ -124,6 +130,8 @@ export function loadConfig(env: NodeJS.ProcessEnv): ApiConfig {
     indexDirectory: path.resolve(read.INDEX_DIR ?? path.join(read.DATA_DIR, 'index'), 'api'),
     resultRetentionMs: read.RESULT_RETENTION_DAYS * 24 * hour,
     tensorRetentionMs: read.TENSOR_RETENTION_HOURS * hour,
+    jobsKept: read.JOBS_KEPT,
+    tensorsKept: read.TENSORS_KEPT,
     uploadExpiryMs: read.UPLOAD_EXPIRY_HOURS * hour,
     uploadUrlMs: read.UPLOAD_URL_SECONDS * 1_000,
     reconcileMs: read.RECONCILE_SECONDS * 1_000,

@@ -80,6 +80,8 @@ describe('the reconciler', () => {
       audioRetentionMs: day,
       resultRetentionMs: 30 * day,
       tensorRetentionMs: day,
+      jobsKept: 1_000,
+      tensorsKept: 0,
       ...retention,
     });
 
@@ -238,6 +240,35 @@ describe('the reconciler', () => {
     assert.equal(await reconciler().sweepObjects(), 1);
     assert.equal(await storage.stat(orphan), undefined);
     await storage.delete(spectrogramKey({ tenant: tenant, id: damaged.id }));
+  });
+
+  test('deletes the oldest finished jobs beyond the number that is kept, with their objects', async () => {
+    const finished = [await job('completed'), await job('failed'), await job('completed')];
+    const open = await job('queued');
+    for (const { id } of finished) await storage.put(spectrogramKey({ tenant, id }), Buffer.from('x'));
+    const keeping = reconciler({ jobsKept: 2 });
+    assert.equal(await keeping.sweepRecords(), 1);
+    assert.equal(await keeping.sweepRecords(), 0, 'two stay');
+    const there = await Promise.all([...finished, open].map(({ id }) => records.exists(tenant, id)));
+    assert.deepEqual(there, [false, true, true, true]);
+    const objects = await Promise.all(finished.map(({ id }) => storage.stat(spectrogramKey({ tenant, id }))));
+    assert.deepEqual(
+      objects.map((object) => object !== undefined),
+      [false, true, true],
+    );
+  });
+
+  test('deletes the oldest tensors beyond the number that is kept', async () => {
+    for (const minutes of [10, 20, 30, 40])
+      for (const ending of ['npy', 'json'])
+        await object(`tensors/${tenant}/${minutes}.${ending}`, minutes * 60_000);
+    assert.equal(await reconciler({ tensorsKept: 2 }).sweepObjects(), 4);
+    const left: string[] = [];
+    for await (const { key } of storage.list('tensors/')) left.push(key);
+    assert.deepEqual(
+      left.sort(),
+      [10, 20].flatMap((m) => ['json', 'npy'].map((e) => `tensors/${tenant}/${m}.${e}`)),
+    );
   });
 
   test('deletes tensors past their retention', async () => {

@@ -12,11 +12,11 @@
 import { randomUUID } from 'node:crypto';
 import { InfrastructureFault } from '@acousticsense/shared/errors';
 import { firstState, type JobRecords, refOf } from '@acousticsense/shared/job-records';
-import { hourPrefix, tensorPrefix } from '@acousticsense/shared/object-keys';
+import { hourPrefix, jobPrefix, tensorPrefix } from '@acousticsense/shared/object-keys';
 import { isFinished, stageOf } from '@acousticsense/shared/pipeline';
 import type { Backlog, Queues } from '@acousticsense/shared/queues';
 import { liveWorkers, stageOfWorker } from '@acousticsense/shared/serving';
-import type { Storage } from '@acousticsense/shared/storage';
+import { deletePrefix, type Storage } from '@acousticsense/shared/storage';
 import type { Redis } from 'ioredis';
 import type { Logger } from 'pino';
 import type { Uploads } from './uploads.ts';
@@ -33,6 +33,10 @@ export interface ReconcilerDeps {
   readonly audioRetentionMs: number;
   readonly resultRetentionMs: number;
   readonly tensorRetentionMs: number;
+  /** Records of finished jobs that a tenant may have; the oldest go first. */
+  readonly jobsKept: number;
+  /** 0: any number. */
+  readonly tensorsKept: number;
 }
 
 const leaseKey = 'as:reconciler:lease';
@@ -198,17 +202,52 @@ export function createReconciler(deps: ReconcilerDeps) {
     }
   }
 
+  /** However many jobs come, the records of finished ones take no more than so much of Redis. */
+  async function sweepRecords(): Promise<number> {
+    let removed = 0;
+    for (const tenant of await records.tenants()) {
+      for (const jobId of await records.finishedBeyond(tenant, deps.jobsKept, page)) {
+        await deletePrefix(storage, jobPrefix({ tenant, id: jobId }));
+        await records.remove(tenant, jobId);
+        removed += 1;
+      }
+    }
+    return removed;
+  }
+
   async function sweepTensors(now: number): Promise<number> {
     const cursorKey = 'as:reconciler:swept:tensors';
     if (now - Number((await redis.get(cursorKey)) ?? 0) < hour) return 0;
     let deleted = 0;
+    const youngest = await oldEnough(now);
     for await (const { key, lastModified } of storage.list(tensorPrefix)) {
-      if (now - lastModified.getTime() <= deps.tensorRetentionMs) continue;
+      if (lastModified.getTime() >= youngest) continue;
       await storage.delete(key);
       deleted += 1;
     }
     await redis.set(cursorKey, now);
     return deleted;
+  }
+
+  /**
+   * Up to when tensors go: past their retention, and so that about `tensorsKept` stay. Two looks through the list
+   * instead of one list in memory: there may be millions.
+   */
+  async function oldEnough(now: number): Promise<number> {
+    const byAge = now - deps.tensorRetentionMs;
+    if (deps.tensorsKept === 0) return byAge;
+    const perMinute = new Map<number, number>();
+    for await (const { key, lastModified } of storage.list(tensorPrefix)) {
+      if (!key.endsWith('.npy')) continue;
+      const minute = Math.floor(lastModified.getTime() / 60_000);
+      perMinute.set(minute, (perMinute.get(minute) ?? 0) + 1);
+    }
+    let kept = 0;
+    for (const [minute, count] of [...perMinute].sort(([a], [b]) => b - a)) {
+      kept += count;
+      if (kept > deps.tensorsKept) return Math.max(byAge, (minute + 1) * 60_000);
+    }
+    return byAge;
   }
 
   async function lookAtBacklogs(): Promise<void> {
@@ -228,12 +267,14 @@ export function createReconciler(deps: ReconcilerDeps) {
     await redis.pexpire(leaseKey, leaseMs);
     await lookAtBacklogs();
     await restoreQueueJobs();
+    await sweepRecords();
     await sweepObjects();
   }
 
   return {
     restoreQueueJobs,
     sweepObjects,
+    sweepRecords,
     /** Of every queue that a worker reads now; only in the process that holds the lease, so each is told once. */
     backlogs: () => backlogs,
     start() {

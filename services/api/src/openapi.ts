@@ -2,11 +2,16 @@
 import { explanationSchema, vectorsSchema } from '@acousticsense/shared/job';
 import { sourceDefinitionSchema, sourceSchema } from '@acousticsense/shared/sources';
 import { z } from 'zod';
+import { batchPaths } from './openapi-batches.ts';
 import {
+  batchListSchema,
+  batchSchema,
   jobOptionsSchema,
   jobRequestSchema,
   jobSchema,
+  mappingListSchema,
   modelSchema,
+  namedMappingSchema,
   predictionSchema,
   problemSchema,
   uploadCompletionSchema,
@@ -278,6 +283,7 @@ function describeApi() {
           responses: { 204: { description: 'Deleted.' } },
         },
       },
+      ...batchPaths(json, problem, idempotencyKey),
       '/v1/sources': {
         get: {
           operationId: 'listSources',
@@ -362,6 +368,10 @@ function describeApi() {
         UploadParts: schemaOf(uploadPartsSchema),
         UploadRequest: schemaOf(uploadRequestSchema, 'input'),
         UploadCompletion: schemaOf(uploadCompletionSchema, 'input'),
+        Batch: schemaOf(batchSchema),
+        BatchList: schemaOf(batchListSchema),
+        Mapping: schemaOf(namedMappingSchema),
+        MappingList: schemaOf(mappingListSchema),
         Model: schemaOf(modelSchema),
         Explanation: schemaOf(explanationSchema),
         Vectors: schemaOf(vectorsSchema),

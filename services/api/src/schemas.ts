@@ -1,6 +1,7 @@
 /** The API's contract: these schemas validate, and /openapi.json is generated from them. */
 import { batchClasses, batchStates } from '@acousticsense/shared/batch';
 import { problemCodes } from '@acousticsense/shared/errors';
+import { mappingSchema } from '@acousticsense/shared/house-genres';
 import {
   inputFactsSchema,
   timingsSchema,
@@ -12,7 +13,8 @@ import { jobStates } from '@acousticsense/shared/pipeline';
 import { modelDescriptionSchema } from '@acousticsense/shared/serving';
 import { z } from 'zod';
 
-const number = (schema: z.ZodNumber) =>
+/** Of text, as forms and queries have it. */
+export const number = (schema: z.ZodNumber) =>
   z
     .string()
     .trim()
@@ -24,7 +26,7 @@ export const mappingNameSchema = z
   .string()
   .regex(/^[a-z0-9][a-z0-9._-]{0,62}$/, 'must be a name of a-z, 0-9, . _ -');
 
-const flag = z.enum(['true', 'false'], 'must be true or false').default('false');
+export const flag = z.enum(['true', 'false'], 'must be true or false').default('false');
 
 /** What is to be done with audio. It arrives as text. */
 const analysisOptionsSchema = z.strictObject({
@@ -147,6 +149,10 @@ export const batchSchema = z.strictObject({
   }),
 });
 export type BatchResource = z.infer<typeof batchSchema>;
+export const batchListSchema = z.strictObject({ batches: z.array(batchSchema) });
+
+export const namedMappingSchema = mappingSchema.extend({ name: z.string() });
+export const mappingListSchema = z.strictObject({ mappings: z.array(z.string()) });
 
 /** A job of an upload that is there already; the options as in a form, in JSON's own types. */
 export const jobRequestSchema = z.strictObject({

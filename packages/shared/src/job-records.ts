@@ -296,7 +296,7 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
         redis.zremrangebyscore(key, '-inf', String(Date.now() - retention.resultSeconds * 1_000)),
       );
       const excess = (await withRedis(() => redis.zcard(key))) - kept;
-      return excess <= 0 ? [] : withRedis(() => redis.zrange(key, 0, Math.min(excess, limit) - 1));
+      return excess <= 0 ? [] : withRedis(() => redis.zrange(key, 0, String(Math.min(excess, limit) - 1)));
     },
 
     countOpen: (tenant) => withRedis(() => redis.zcard(keys.open(tenant))),

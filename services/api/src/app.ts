@@ -15,6 +15,7 @@ import express, { type ErrorRequestHandler, type Express, type Request, type Res
 import helmet from 'helmet';
 import { Histogram } from 'prom-client';
 import { guardAccess, tenantOf } from './access.ts';
+import type { Diff } from './batch-diff.ts';
 import { createBatchRoutes } from './batch-routes.ts';
 import type { Batches } from './batches.ts';
 import type { Changes } from './changes.ts';
@@ -26,6 +27,8 @@ import { type Limits, limitRequests } from './limits.ts';
 import type { Mappings } from './mappings.ts';
 import { openApiDocument } from './openapi.ts';
 import { topGenres } from './presentation.ts';
+import { createResultRoutes } from './result-routes.ts';
+import type { Results } from './results.ts';
 import { type ModelResource, type Prediction, spectrogramQuerySchema } from './schemas.ts';
 import { createSourceRoutes } from './source-routes.ts';
 import { drawSpectrogram, side } from './spectrogram.ts';
@@ -42,6 +45,8 @@ export interface AppDeps {
   readonly limits: Limits;
   readonly idempotency: Idempotency;
   readonly batches: Batches;
+  readonly results: Results;
+  readonly diff: Diff;
   readonly mappings: Mappings;
   readonly sources: Sources;
   readonly sourceReader: SourceReader;
@@ -169,6 +174,7 @@ export function createApp(deps: AppDeps): Express {
       ...{ batches, mappings, jobs, idempotency, storage, tenantOf, closing, log },
     }),
   );
+  app.use(createResultRoutes({ results: deps.results, diff: deps.diff, tenantOf, closing }));
   app.use(createSourceRoutes({ sources, reader: sourceReader, tenantOf }));
   app.use(createUploadRoutes(deps.uploads, tenantOf));
   app.get('/openapi.json', (_request, response) => {

@@ -1,7 +1,7 @@
 /** What the inference stage stores beside a result when the job asks for it. */
 import { ProblemError } from '@acousticsense/shared/errors';
 import type { JobRecord } from '@acousticsense/shared/job';
-import { explanationKey, vectorsKey } from '@acousticsense/shared/object-keys';
+import { explanationKey, type JobPlace, vectorsKey } from '@acousticsense/shared/object-keys';
 import { isFinished } from '@acousticsense/shared/pipeline';
 import { ObjectNotFound, type Storage } from '@acousticsense/shared/storage';
 
@@ -14,7 +14,7 @@ const kinds = {
   vectors: { option: 'vectors', keyOf: vectorsKey, code: 'no_vectors' },
 } as const;
 
-export function isAskedFor(record: JobRecord, extra: Extra): boolean {
+export function isAskedFor(record: Pick<JobRecord, 'extras'>, extra: Extra): boolean {
   return record.extras?.[kinds[extra].option] ?? false;
 }
 
@@ -24,7 +24,7 @@ export function isAskedFor(record: JobRecord, extra: Extra): boolean {
  */
 export async function readExtra(
   storage: Pick<Storage, 'read'>,
-  record: JobRecord,
+  record: JobPlace & Pick<JobRecord, 'state' | 'extras'>,
   extra: Extra,
 ): Promise<Buffer> {
   const { option, keyOf, code } = kinds[extra];

@@ -8,6 +8,7 @@ import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { type TestContext, test } from 'node:test';
 import { pathToFileURL } from 'node:url';
+import { createBatchRecords } from '@acousticsense/shared/batch-records';
 import { InfrastructureFault, ProblemError } from '@acousticsense/shared/errors';
 import type { JobRecord } from '@acousticsense/shared/job';
 import { createJobRecords } from '@acousticsense/shared/job-records';
@@ -28,6 +29,7 @@ import { startRedis, type TestRedis } from '../../../test/redis.ts';
 import { createChanges } from './changes.ts';
 import { createJobs, type JobsDeps } from './jobs.ts';
 import { createLimits } from './limits.ts';
+import { createUploadedRefs } from './uploaded-refs.ts';
 import { createUploads } from './uploads.ts';
 
 const digest = 'd'.repeat(64);
@@ -63,7 +65,8 @@ async function acceptJobs(
     const worker = { kind, queue: kind, workerId: kind, since: 1, modelDigest: digest, profileHash: 'p' };
     await redis.hset('as:workers', kind, JSON.stringify({ ...worker, seen: Date.now() }));
   }
-  const records = createJobRecords(redis, { resultSeconds: 60, events: 10 });
+  const retention = { resultSeconds: 60, events: 10 };
+  const records = createJobRecords(redis, retention);
   const queues = createQueues(redis);
   const storage = openStorage(pathToFileURL(directory).href);
   const log = pino({ level: 'silent' });
@@ -79,6 +82,9 @@ async function acceptJobs(
     changes: createChanges(subscriber, records),
     log,
     uploads,
+    uploadedRefs: createUploadedRefs({
+      ...{ redis, batches: createBatchRecords(redis, retention), retention },
+    }),
     limits: createLimits({
       ...{ redis, records, tenants: createTenants(redis), maxOpenJobs: 10 },
       ...{ requestsPerMinute: 0, rowsPerDay: 0, bytesPerDay: 0 },

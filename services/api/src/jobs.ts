@@ -22,6 +22,7 @@ import type { Charge, Limits } from './limits.ts';
 import { hasTimeline, presentJob } from './presentation.ts';
 import { type JobResource, jobOptionsSchema, jobRequestSchema } from './schemas.ts';
 import { displayName, formOverhead, receiveUpload } from './upload.ts';
+import type { UploadedRefs } from './uploaded-refs.ts';
 import type { Uploads } from './uploads.ts';
 
 export interface JobsDeps {
@@ -33,6 +34,7 @@ export interface JobsDeps {
   readonly log: Logger;
   readonly limits: Limits;
   readonly uploads: Pick<Uploads, 'find'>;
+  readonly uploadedRefs: Pick<UploadedRefs, 'claim'>;
   readonly maxUploadBytes: number;
 }
 
@@ -52,7 +54,7 @@ export interface ServedModel {
 export type Jobs = ReturnType<typeof createJobs>;
 
 export function createJobs(deps: JobsDeps) {
-  const { redis, storage, records, queues, changes, log, limits } = deps;
+  const { redis, storage, records, queues, changes, log, limits, uploadedRefs } = deps;
 
   /**
    * The model that a new job is pinned to: of those that inference and decoder workers serve now, the newest.
@@ -152,9 +154,9 @@ export function createJobs(deps: JobsDeps) {
     let creating = false;
     try {
       const options = sent.options();
-      const { start, duration, topK, explain, vectors } = options;
+      const { start, duration, topK, explain, vectors, ref } = options;
       refuseWhatModelCannot(options, description);
-      const record = {
+      const made = {
         id,
         tenant,
         generation: 1,
@@ -176,6 +178,8 @@ export function createJobs(deps: JobsDeps) {
       };
       await bind(sent.fingerprint, id);
       await limits.charge(tenant, sent.charge);
+      const record =
+        ref === undefined ? made : { ...made, ref, revision: await uploadedRefs.claim(tenant, ref, id) };
       creating = true;
       await records.create(record);
       // From here on the job is accepted: the reconciler adds what this add could not.

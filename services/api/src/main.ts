@@ -9,6 +9,8 @@ import { type Service, startService } from '@acousticsense/shared/service';
 import { createTenants } from '@acousticsense/shared/tenants';
 import { Gauge } from 'prom-client';
 import { createApp } from './app.ts';
+import { createDiff } from './batch-diff.ts';
+import { createBatchRows } from './batch-rows.ts';
 import { createBatches } from './batches.ts';
 import { createChanges } from './changes.ts';
 import { type ApiConfig, loadConfig } from './config.ts';
@@ -17,7 +19,9 @@ import { createJobs } from './jobs.ts';
 import { createLimits } from './limits.ts';
 import { createMappings } from './mappings.ts';
 import { createReconciler, type Reconciler } from './reconciler.ts';
+import { createResults } from './results.ts';
 import { createStoredBatches } from './stored-batches.ts';
+import { createUploadedRefs } from './uploaded-refs.ts';
 import { createUploads } from './uploads.ts';
 
 /** A caller waits: within a second it has its answer, or hears that Redis does not give one. */
@@ -42,10 +46,12 @@ async function wire(service: Service): Promise<void> {
   service.onClose('reconciler', () => reconciler.stop());
   exportBacklogs(service, reconciler);
 
+  const batchRecords = createBatchRecords(redis, config.retention);
+  const uploadedRefs = createUploadedRefs({ redis, batches: batchRecords, retention: config.retention });
   const idempotency = createIdempotency(redis, log);
   const { maxUploadBytes } = config;
   const jobs = createJobs({
-    ...{ redis, storage, records, queues, changes, log, limits, uploads, maxUploadBytes },
+    ...{ redis, storage, records, queues, changes, log, limits, uploads, uploadedRefs, maxUploadBytes },
   });
   service.addCheck('model', async () => {
     await jobs.servedModel();
@@ -62,7 +68,6 @@ async function wire(service: Service): Promise<void> {
 
   const index = createAnswerIndex({ storage, directory: config.indexDirectory, log });
   service.onClose('index', () => index.close());
-  const batchRecords = createBatchRecords(redis, config.retention);
   const stored = createStoredBatches({ batches: batchRecords, storage });
   const mappings = createMappings(storage);
   const { maxBatchRows: maxRows, maxActiveBatches: maxActive } = config;
@@ -71,9 +76,15 @@ async function wire(service: Service): Promise<void> {
     ...{ maxRows, maxActive },
   });
 
+  const rows = createBatchRows({ batches: batchRecords, records, storage, stored });
+  const results = createResults({
+    ...{ redis, storage, records, batches: batchRecords, stored, rows, index, uploadedRefs },
+  });
+  const diff = createDiff({ results, stored });
+
   const app = createApp({
     ...{ service, config, jobs, changes, storage, sources, sourceReader },
-    ...{ batches, mappings, tenants, limits, idempotency, uploads },
+    ...{ batches, results, diff, mappings, tenants, limits, idempotency, uploads },
   });
   const server = createServer(app);
   // An upload may take as long as it moves: idle time is limited, the whole is not.

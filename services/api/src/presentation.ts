@@ -43,6 +43,8 @@ export function presentJob(
     createdAt: new Date(record.createdAt).toISOString(),
     updatedAt: new Date(record.updatedAt).toISOString(),
     filename: record.audio.filename,
+    ...(record.ref === undefined ? {} : { ref: record.ref }),
+    ...(record.revision === undefined ? {} : { revision: record.revision }),
     model: {
       name: record.modelName,
       version: record.modelVersion,

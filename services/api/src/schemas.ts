@@ -177,6 +177,8 @@ export const jobSchema = z.strictObject({
   createdAt: z.iso.datetime(),
   updatedAt: z.iso.datetime(),
   filename: z.string(),
+  ref: z.string().optional().describe("the caller's own name for the track"),
+  revision: z.int().optional().describe('of several results under one ref the highest is the latest'),
   model: z.strictObject({ name: z.string(), version: z.string(), digest: z.string(), profile: z.string() }),
   result: z
     .strictObject({

@@ -13,6 +13,7 @@ import {
   mergedMark,
   mergedName,
   readName,
+  UnreadableObject,
 } from './answer-segment.ts';
 
 const day = 24 * 3_600_000;
@@ -36,7 +37,8 @@ export async function compactAnswers(objects: AnswerObjects, now: number) {
     const merged = namesOf(inDay, 'merged');
     // One by itself is as good as merged.
     if (segments.length === 0 || segments.length + merged.length < 2) continue;
-    const covered = new Set((await Promise.all(merged.map((name) => manifestOf(objects, name)))).flat());
+    const manifests = await Promise.all(merged.map((name) => manifestOf(objects, name)));
+    const covered = new Set(manifests.flatMap((names) => names ?? []));
     const rest = segments.filter((name) => !covered.has(name)).sort();
     if (rest.length > 0) {
       await objects.put(mergedName(of, rest), Readable.from(merge(objects, rest)));
@@ -63,9 +65,14 @@ async function* merge(objects: AnswerObjects, segments: readonly string[]): Asyn
   }
 }
 
-async function manifestOf(objects: AnswerObjects, merged: string): Promise<string[]> {
-  for await (const part of (await objects.openMerged(merged)) ?? []) if ('names' in part) return part.names;
-  return [];
+/** @returns undefined when it cannot be read, or is gone. */
+async function manifestOf(objects: AnswerObjects, merged: string): Promise<string[] | undefined> {
+  try {
+    for await (const part of (await objects.openMerged(merged)) ?? []) if ('names' in part) return part.names;
+  } catch (error) {
+    if (!(error instanceof UnreadableObject)) throw error;
+  }
+  return undefined;
 }
 
 /**
@@ -82,7 +89,7 @@ async function findForgotten(objects: AnswerObjects, now: number) {
   for (const object of all) {
     if (object.kind === 'tombstone') continue;
     const mayBeOld = Date.parse(object.day) + day < since;
-    if (mayBeOld && (await batchesIn(objects, object)).every((batchId) => old.has(batchId)))
+    if (mayBeOld && (await batchesIn(objects, object))?.every((batchId) => old.has(batchId)))
       entries.push(object.name);
     else if (object.day < oldestKept) oldestKept = object.day;
   }
@@ -92,9 +99,9 @@ async function findForgotten(objects: AnswerObjects, now: number) {
   return { entries, tombstones: unneeded.map(({ name }) => name) };
 }
 
-async function batchesIn(objects: AnswerObjects, object: IndexObject): Promise<string[]> {
+async function batchesIn(objects: AnswerObjects, object: IndexObject): Promise<string[] | undefined> {
   if (object.kind !== 'merged') return [object.batchId];
-  return (await manifestOf(objects, object.name)).flatMap((name) => {
+  return (await manifestOf(objects, object.name))?.flatMap((name) => {
     const segment = readName(name);
     return segment?.kind === 'segment' ? [segment.batchId] : [];
   });

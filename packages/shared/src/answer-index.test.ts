@@ -720,6 +720,43 @@ for (const driver of drivers) {
       assert.ok(reader.find(tenant, ['a', 'b', 'c'].map(k)).every(Boolean));
     });
 
+    test('a merged object that cannot be read keeps no other from being applied, and is kept', async () => {
+      const index = start();
+      for (const [at, batches] of [
+        [noon - 6 * day, ['a', 'b']],
+        [noon - 5 * day, ['c', 'd']],
+      ] as const) {
+        clock = at;
+        for (const batchId of batches)
+          await index.writeSegment(segment(batchId, [entry({ keys: [k(batchId)] })]));
+      }
+      clock = noon;
+      await index.compact(tenant);
+      const [first, second] = (await names()).map((name) => `index/${tenant}/${name}`);
+      const whole = await storage.read(first!);
+      const lines = whole.toString().split('\n');
+      const foundBy = async (reader: AnswerIndex) => {
+        await reader.refresh(tenant);
+        return reader.find(tenant, ['a', 'b', 'c', 'd'].map(k)).map((found) => found?.batchId);
+      };
+      await storage.put(first!, Buffer.from(lines.slice(0, 4).join('\n')));
+      assert.deepEqual(await foundBy(start()), ['a', undefined, 'c', 'd'], 'cut between two segments');
+      await storage.put(first!, Buffer.from('{"v":2}\n'));
+      const reader = start();
+      assert.deepEqual(await foundBy(reader), [undefined, undefined, 'c', 'd'], 'of another version');
+      assert.equal(logged.length, 2);
+
+      clock = noon - 6 * day;
+      await index.writeSegment(segment('e', []));
+      clock = noon;
+      await index.compact(tenant);
+      clock += 400 * day;
+      await index.compact(tenant);
+      assert.ok((await storage.stat(first!)) && (await storage.stat(second!)));
+      await storage.put(first!, whole);
+      assert.deepEqual(await foundBy(reader), ['a', 'b', 'c', 'd']);
+    });
+
     test('a compaction that dies before it has removed the segments is finished by the next', async () => {
       clock = noon - 5 * day;
       let deletions = 0;

@@ -21,6 +21,7 @@ import {
   type Segment,
   segmentName,
   tombstoneName,
+  UnreadableObject,
 } from './answer-segment.ts';
 import { InfrastructureFault } from './errors.ts';
 import type { Storage } from './storage.ts';
@@ -218,18 +219,22 @@ export function createAnswerIndex(deps: AnswerIndexDeps): AnswerIndex {
   async function applyMerged(objects: AnswerObjects, copy: AnswerCopy, merged: string): Promise<boolean> {
     const parts = await objects.openMerged(merged);
     if (!parts) return false;
-    const left = new Set<string>();
     let readable = true;
-    for await (const part of parts) {
-      if ('names' in part) {
-        for (const segment of copy.unknown(part.names)) left.add(segment);
-      } else if (left.delete(part.name) && !(await gather(objects.tenant, copy, part.name, part.text))) {
-        readable = false;
+    try {
+      const unknown = new Set<string>();
+      for await (const part of parts) {
+        if ('names' in part) {
+          for (const segment of copy.unknown(part.names)) unknown.add(segment);
+        } else if (unknown.delete(part.name) && !(await gather(objects.tenant, copy, part.name, part.text))) {
+          readable = false;
+        }
+        if (unknown.size === 0) break;
       }
-      if (left.size === 0) break;
+    } catch (error) {
+      if (!(error instanceof UnreadableObject)) throw error;
+      log.error({ err: error, tenant: objects.tenant, merged }, 'object of the answer index cannot be read');
+      readable = false;
     }
-    if (left.size > 0)
-      throw new InfrastructureFault('storage', `${merged} ended before ${left.size} of its segments.`);
     await copy.flush(readable ? [merged] : []);
     return true;
   }

@@ -1,6 +1,13 @@
 /** Access to the objects of one tenant's index of known answers: by name, several at once. */
 import type { Readable } from 'node:stream';
-import { type IndexObject, indexPrefix, type MergedPart, readMerged, readName } from './answer-segment.ts';
+import {
+  type IndexObject,
+  indexPrefix,
+  type MergedPart,
+  readMerged,
+  readName,
+  UnreadableObject,
+} from './answer-segment.ts';
 import { InfrastructureFault } from './errors.ts';
 import { ObjectNotFound, type Storage } from './storage.ts';
 
@@ -36,7 +43,7 @@ export function openAnswerObjects(storage: Storage, tenant: string, signal: Abor
       })),
 
     /**
-     * Reads a merged object only as far as the caller goes.
+     * Reads a merged object only as far as the caller goes, who may meet an `UnreadableObject`.
      * @returns undefined when there is no such object any more.
      */
     async openMerged(name: string): Promise<AsyncGenerator<MergedPart> | undefined> {
@@ -55,7 +62,7 @@ export function openAnswerObjects(storage: Storage, tenant: string, signal: Abor
       yield* readMerged(stream);
     } catch (error) {
       signal.throwIfAborted();
-      throw error instanceof InfrastructureFault
+      throw error instanceof InfrastructureFault || error instanceof UnreadableObject
         ? error
         : new InfrastructureFault('storage', `${prefix}${name} cannot be read: ${error}`, error);
     } finally {

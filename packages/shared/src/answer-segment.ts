@@ -149,22 +149,43 @@ const manifestSchema = z.object({ v: z.literal(1), merged: z.array(z.string()) }
 
 export type MergedPart = { readonly names: string[] } | { readonly name: string; readonly text: string };
 
-/** The names in a merged object, then its segments in that order; nothing of it is held but one segment. */
+/** A merged object that is none, as far as this version knows. */
+export class UnreadableObject extends Error {
+  override readonly name = 'UnreadableObject';
+}
+
+/**
+ * The names in a merged object, then its segments in that order; nothing of it is held but one segment.
+ * @throws {UnreadableObject} it begins with no manifest, or ends before its last segment.
+ */
 export async function* readMerged(bytes: AsyncIterable<Buffer>): AsyncGenerator<MergedPart> {
-  let name: string | undefined;
-  let segment: string[] = [];
+  let names: string[] | undefined;
+  let left = 0;
+  let segment: { name: string; lines: string[] } | undefined;
+  const whole = () => (segment ? [{ name: segment.name, text: segment.lines.join('\n') }] : []);
   for await (const line of linesOf(bytes)) {
-    if (name === undefined && !line.startsWith('"')) {
-      yield { names: manifestSchema.parse(JSON.parse(line)).merged };
+    if (names === undefined) {
+      names = manifestOf(line);
+      left = names.length;
+      yield { names };
     } else if (line.startsWith('"')) {
-      if (name !== undefined) yield { name, text: segment.join('\n') };
-      name = JSON.parse(line) as string;
-      segment = [];
+      yield* whole();
+      segment = { name: line.slice(1, -1), lines: [] };
+      left -= 1;
     } else {
-      segment.push(line);
+      segment?.lines.push(line);
     }
   }
-  if (name !== undefined) yield { name, text: segment.join('\n') };
+  yield* whole();
+  if (names === undefined || left > 0) throw new UnreadableObject(`it ended before ${left} of its segments`);
+}
+
+function manifestOf(line: string): string[] {
+  try {
+    return manifestSchema.parse(JSON.parse(line)).merged;
+  } catch (cause) {
+    throw new UnreadableObject('it begins with no manifest', { cause });
+  }
 }
 
 async function* linesOf(bytes: AsyncIterable<Buffer>): AsyncGenerator<string> {

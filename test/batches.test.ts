@@ -11,6 +11,7 @@ import { gzipSync } from 'node:zlib';
 import { decodePart, type PartRow } from '../packages/shared/src/batch.ts';
 import { partKey } from '../packages/shared/src/object-keys.ts';
 import { openStorage } from '../packages/shared/src/open-storage.ts';
+import { connectRedisForWorker } from '../packages/shared/src/redis.ts';
 import type { Storage } from '../packages/shared/src/storage.ts';
 import type { BatchResource } from '../services/api/src/schemas.ts';
 import { startWeb, type Web } from '../services/fetch/src/testing/web.ts';
@@ -331,8 +332,7 @@ describe('a batch', () => {
     }
 
     async function digestOf(version: string): Promise<string> {
-      const { Redis } = await import('ioredis');
-      const redis = new Redis(system.redis.url.replace('unix://', ''));
+      const redis = connectRedisForWorker(system.redis.url);
       try {
         for (;;) {
           const workers = Object.values(await redis.hgetall('as:workers')).map((json) => JSON.parse(json));

@@ -173,6 +173,28 @@ const numberFields = [
   'redecodes',
 ] as const;
 
+/**
+ * Of a row, what never changes: one field of JSON. Each field of a hash takes some 75 bytes besides what it holds, and
+ * the records of open chunks are what Redis is full of.
+ */
+const rowFacts = new Set<string>([
+  'id',
+  'tenant',
+  'createdAt',
+  'traceparent',
+  'modelDigest',
+  'modelName',
+  'modelVersion',
+  'profileHash',
+  'class',
+  'ref',
+  'revision',
+  'reused',
+  'selection',
+  'presentation',
+  'extras',
+] satisfies (keyof JobRecord)[]);
+
 export function createJobRecords(redis: Redis, retention: Retention): JobRecords {
   redis.defineCommand('acousticsenseCommit', { lua: script });
   const scripted = redis as ScriptedRedis;
@@ -236,7 +258,7 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
       // to the reconciler. A tenant without jobs is harmless; a row's is known since its batch was made.
       const [, { result }] = await Promise.all([
         record.batch ? undefined : withRedis(() => redis.sadd(keys.tenants, tenant)),
-        run(refOf(record), { from: ['none'], to, set: toHash(fields), events: endingOf(record) }, tally),
+        run(refOf(record), { from: ['none'], to, set: newHash(fields), events: endingOf(record) }, tally),
       ]);
       return result;
     },
@@ -334,6 +356,16 @@ function toHash(fields: Partial<JobRecord>): Record<string, string> {
   return hash;
 }
 
+function newHash(record: Partial<JobRecord>): Record<string, string> {
+  if (record.batch === undefined) return toHash(record);
+  const facts: Record<string, unknown> = {};
+  const rest: Record<string, unknown> = {};
+  for (const [field, value] of Object.entries(record)) {
+    (rowFacts.has(field) ? facts : rest)[field] = value;
+  }
+  return { ...toHash(rest), facts: JSON.stringify(facts) };
+}
+
 /** Fields and values in turn, as a script gives a hash. */
 function pairsOf(flat: readonly string[]): Record<string, string> {
   const hash: Record<string, string> = {};
@@ -342,8 +374,9 @@ function pairsOf(flat: readonly string[]): Record<string, string> {
 }
 
 /** @throws when the hash is no record. */
-export function fromHash(hash: Record<string, string>): JobRecord {
-  const record: Record<string, unknown> = { ...hash };
+function fromHash(hash: Record<string, string>): JobRecord {
+  const { facts, ...fields } = hash;
+  const record: Record<string, unknown> = { ...(facts === undefined ? {} : JSON.parse(facts)), ...fields };
   for (const field of jsonFields) if (hash[field] !== undefined) record[field] = JSON.parse(hash[field]);
   if (hash['reused'] !== undefined) record['reused'] = hash['reused'] === 'true';
   for (const field of numberFields) if (hash[field] !== undefined) record[field] = Number(hash[field]);

@@ -42,7 +42,6 @@ const finishedSchema = z.object({
 export const uploadRecordSchema = z.discriminatedUnion('state', [openSchema, finishedSchema]);
 export type UploadRecord = z.infer<typeof uploadRecordSchema>;
 export type OpenUpload = z.infer<typeof openSchema>;
-export type FinishedUpload = z.infer<typeof finishedSchema>;
 
 /** What a job's record says of its audio when that is an upload. */
 export interface UploadedAudio {

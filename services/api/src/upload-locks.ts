@@ -7,6 +7,7 @@
  */
 import { randomUUID } from 'node:crypto';
 import { setTimeout as sleep } from 'node:timers/promises';
+import { ProblemError } from '@acousticsense/shared/errors';
 import { withRedis } from '@acousticsense/shared/redis';
 import type { Lock, Locker, RequestRelease } from '@tus/server';
 import type { Redis } from 'ioredis';
@@ -27,7 +28,7 @@ if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1], KEYS[2]
 export interface UploadLocks extends Locker {
   /**
    * Runs with the lock; whoever holds it is asked to let go.
-   * @throws {@link locked} when it is not let go in time.
+   * @throws {ProblemError} unavailable: it was not let go in time.
    */
   run<T>(id: string, operation: () => Promise<T>): Promise<T>;
   /** Runs with the lock if nobody holds it. @returns whether it ran. */
@@ -35,7 +36,7 @@ export interface UploadLocks extends Locker {
 }
 
 /** In the form in which the tus library tells errors; clients try again on 423. */
-export const locked = { status_code: 423, body: 'Another request is writing to this upload\n' } as const;
+const locked = { status_code: 423, body: 'Another request is writing to this upload\n' } as const;
 
 /** An id is `<tenant>/<upload id>`. */
 export function createUploadLocks(redis: Redis): UploadLocks {
@@ -94,7 +95,16 @@ export function createUploadLocks(redis: Redis): UploadLocks {
     async run(id, operation) {
       const lock = newLock(id);
       // What runs here is short: it is not interrupted.
-      await lock.lock(new AbortController().signal, () => {});
+      await lock
+        .lock(new AbortController().signal, () => {})
+        .catch((error) => {
+          if (error !== locked) throw error;
+          throw new ProblemError(
+            'unavailable',
+            'Another request is writing to this upload; try again in a moment.',
+            { retryAfter: 2 },
+          );
+        });
       return operation().finally(lock.unlock);
     },
     async tryRun(id, operation) {

@@ -17,6 +17,7 @@ import { createTenants } from '../packages/shared/src/tenants.ts';
 import type { BatchResource } from '../services/api/src/schemas.ts';
 import { sine, wav } from '../test/audio.ts';
 import { formOf, type Job } from '../test/client.ts';
+import { startRedis } from '../test/redis.ts';
 import { startSystem } from '../test/system.ts';
 
 const rows = Number(process.argv[2] ?? 10_000);
@@ -24,12 +25,15 @@ const workers = Number(process.argv[3] ?? 1);
 const concurrency = Number(process.argv[4] ?? 64);
 const releases = 500;
 
+// As `npm start` and most deployments run it.
+await using server = await startRedis({ appendOnly: true, args: ['--appendfsync', 'everysec'] });
 await using system = await startSystem({
+  redisUrl: server.url,
   without: ['decoder', 'inference', 'fetch'],
   env: { LOG_LEVEL: 'warn', EGRESS_ALLOW: '127.0.0.1', RECONCILE_SECONDS: '15' },
 });
 const stubs = await Promise.all(Array.from({ length: workers }, startStub));
-const redis = connectRedisForWorker(system.redis.url);
+const redis = connectRedisForWorker(server.url);
 try {
   await run();
 } finally {
@@ -50,7 +54,7 @@ async function run(): Promise<void> {
   const pids = {
     api: system.pid('api'),
     feeder: system.pid('feeder'),
-    redis: system.redis.pid,
+    redis: server.pid,
     ...Object.fromEntries(stubs.map(({ pid }, n) => [`stub${n + 1}`, pid!])),
   };
   const cpuBefore = await cpuOf(pids);
@@ -112,12 +116,30 @@ async function run(): Promise<void> {
   console.log(
     `peak of Redis's data      ${redisPeak.toFixed(1)} MB; keys left ${left}, open ${await records.countOpen('catalogue')}`,
   );
+  console.log(`Redis, per row            ${await commandsPerRow()}`);
   console.log(`append-only file          ${((await fileSize()) / 1e6).toFixed(0)} MB`);
   for (const [name, megabytes] of Object.entries(peak))
     console.log(
       `${name.padEnd(10)} peak resident ${megabytes.toFixed(0).padStart(5)} MB, CPU ${(((cpu[name]! - cpuBefore[name]!) * 1e3) / rows).toFixed(2)} ms/row`,
     );
   if (done.counts.completed !== rows || lines !== rows) process.exitCode = 1;
+
+  /** What Redis itself counted: calls and microseconds of the dearest commands. */
+  async function commandsPerRow(): Promise<string> {
+    const info = await redis.info('commandstats');
+    const found = [...info.matchAll(/^cmdstat_(\S+?):calls=(\d+),usec=(\d+)/gm)].map(
+      ([, name, calls, usec]) => ({
+        name: name!,
+        calls: Number(calls) / rows,
+        usec: Number(usec) / rows,
+      }),
+    );
+    const sum = (of: 'calls' | 'usec') => found.reduce((all, command) => all + command[of], 0);
+    const dearest = found.sort((a, b) => b.usec - a.usec).slice(0, 6);
+    return `${sum('calls').toFixed(1)} calls, ${sum('usec').toFixed(0)} us (${dearest
+      .map(({ name, calls, usec }) => `${name} ${calls.toFixed(1)} calls ${usec.toFixed(0)} us`)
+      .join(', ')})`;
+  }
 
   async function fileSize(): Promise<number> {
     const directory =
@@ -211,7 +233,7 @@ async function startStub(): Promise<ChildProcess> {
   const child = spawn(process.execPath, [path.join(import.meta.dirname, 'stubs/stage-workers.ts')], {
     env: {
       ...process.env,
-      REDIS_URL: system.redis.url,
+      REDIS_URL: server.url,
       STORAGE_URL: `file://${system.directory}/objects`,
       STUB_CONCURRENCY: String(concurrency),
       LOG_LEVEL: 'error',

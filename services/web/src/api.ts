@@ -4,7 +4,16 @@
  */
 import { words } from './words.ts';
 
-export type State = 'queued' | 'decoding' | 'decoded' | 'classifying' | 'completed' | 'failed' | 'cancelled';
+export type State =
+  | 'pending'
+  | 'fetching'
+  | 'queued'
+  | 'decoding'
+  | 'decoded'
+  | 'classifying'
+  | 'completed'
+  | 'failed'
+  | 'cancelled';
 
 export interface Scored {
   label: string;

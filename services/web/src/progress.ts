@@ -9,8 +9,6 @@ type Step = keyof typeof words.steps;
 /** Where the whole bar stands when a step begins; it ends where the next one begins. */
 const begins: Record<Step, number> = {
   sending: 0,
-  pending: 0.5,
-  fetching: 0.5,
   queued: 0.5,
   decoding: 0.55,
   decoded: 0.8,

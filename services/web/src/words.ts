@@ -107,8 +107,6 @@ export const words = {
 
   steps: {
     sending: 'Sending the song',
-    pending: 'Waiting for its turn to be fetched',
-    fetching: 'Fetching the audio',
     queued: 'Waiting for a free worker',
     decoding: 'Turning sound into a picture',
     decoded: 'Handing the picture to the model',

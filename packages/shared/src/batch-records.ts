@@ -4,7 +4,7 @@
  */
 import { createHash } from 'node:crypto';
 import { readFileSync } from 'node:fs';
-import type { Redis } from 'ioredis';
+import type { ChainableCommander, Redis } from 'ioredis';
 import { type BatchRecord, type BatchState, batchRecordSchema } from './batch.ts';
 import { keys, type Retention } from './job-records.ts';
 import { type BadRow, chunkRows } from './manifest.ts';
@@ -43,6 +43,16 @@ export interface BatchResult {
   readonly state: BatchState | 'none';
 }
 
+/** What is to be done of a tenant's batches. */
+export interface PendingBatches {
+  /** Have not ended. */
+  readonly active: readonly string[];
+  /** Chunks whose rows have all ended and whose part is still to be written. */
+  readonly chunks: readonly { readonly id: string; readonly chunk: number }[];
+  /** Have ended and are still to be written into storage. */
+  readonly unsaved: readonly string[];
+}
+
 /** What waits in an open chunk: one byte a row, see batch.lua. */
 export type RowStates = string;
 
@@ -51,6 +61,8 @@ export interface BatchRecords {
   get(ref: BatchRef): Promise<BatchRecord | undefined>;
   /** Newest first. */
   list(tenant: string, limit: number, before?: number): Promise<string[]>;
+  /** In one round trip, in their order. */
+  getMany(refs: readonly BatchRef[]): Promise<(BatchRecord | undefined)[]>;
   /** Batches that have not ended. */
   active(tenant: string): Promise<string[]>;
   /** A number that no earlier result of the tenant has: the revision of what is answered from now on. */
@@ -69,14 +81,19 @@ export interface BatchRecords {
   resume(ref: BatchRef): Promise<BatchResult>;
   retry(ref: BatchRef, revision: number): Promise<BatchResult>;
 
-  open(ref: BatchRef, step: { chunk: number; rows: number }): Promise<BatchResult>;
-  reopen(ref: BatchRef, step: { chunk: number; states: RowStates; failed: number }): Promise<BatchResult>;
-  skip(ref: BatchRef, step: { chunk: number }): Promise<BatchResult>;
-  /** @param step.jobIds of all rows of the chunk: their records go in the same step. */
+  open(ref: BatchRef, step: { chunk: number }): Promise<BatchResult>;
+  /** @param step.states `.` of a row that is tried again, `k` of one that keeps its result; without a `.` it stays closed. */
+  reopen(ref: BatchRef, step: { chunk: number; states: RowStates }): Promise<BatchResult>;
+  /**
+   * @param step.states what was found before the records were read; refused when it is not so any more.
+   * @param step.jobIds of all rows of the chunk: their records go in the same step.
+   */
   close(
     ref: BatchRef,
     step: {
       chunk: number;
+      round: number;
+      states: RowStates;
       jobIds: readonly string[];
       tally: Readonly<Record<string, number>>;
       event: Readonly<Record<string, unknown>>;
@@ -88,21 +105,21 @@ export interface BatchRecords {
   rowStates(ref: BatchRef, chunk: number): Promise<RowStates | undefined>;
   /** Numbers of the open chunks, ascending. */
   openChunks(ref: BatchRef): Promise<number[]>;
-  /** Chunks of this tenant whose rows have all ended and whose part is still to be written. */
-  endedChunks(tenant: string): Promise<{ id: string; chunk: number }[]>;
+  /** In one round trip, in their order. */
+  pending(tenants: readonly string[]): Promise<PendingBatches[]>;
   /** @param step.tell whether the event stream hears of it. */
   progress(ref: BatchRef, step: { rate: number; tell: boolean }): Promise<BatchResult>;
-  /** Batches of this tenant that have ended and are still to be written into storage. */
-  unsaved(tenant: string): Promise<string[]>;
-  saved(ref: BatchRef): Promise<BatchResult>;
-  /** Forgets a batch that has ended; when it was deleted is remembered for a year. */
-  remove(ref: BatchRef, deletedAt: number): Promise<void>;
-  /** As if it had never been: of a manifest that broke off. */
-  forget(ref: BatchRef): Promise<void>;
+  /** @param step.endedAt of the ending that was written; refused when there has been another one. */
+  saved(ref: BatchRef, step: { endedAt: number }): Promise<BatchResult>;
+  /**
+   * Forgets a batch that has ended, or that nobody knows here any more; when it was deleted is remembered for a year,
+   * the first time. Refused while it has not ended.
+   */
+  remove(ref: BatchRef, deletedAt: number): Promise<BatchResult>;
+  /** As if it had never been: of a manifest that broke off. Refused while it has not ended. */
+  forget(ref: BatchRef): Promise<BatchResult>;
   deletedAt(ref: BatchRef): Promise<number | undefined>;
 }
-
-const year = 365 * 24 * 3_600;
 
 /** The job of a row: the same for everybody who works it out, so that feeding a row twice is one job. */
 export function rowJobId(batchId: string, row: number): string {
@@ -110,11 +127,6 @@ export function rowJobId(batchId: string, row: number): string {
   const time = batchId.slice(0, 13);
   const variant = ((Number.parseInt(digest[3]!, 16) & 0x3) | 0x8).toString(16);
   return `${time}-8${digest.slice(0, 3)}-${variant}${digest.slice(4, 7)}-${digest.slice(7, 19)}`;
-}
-
-/** Every chunk but the last is full. */
-export function rowsOfChunk({ rows }: Pick<BatchRecord, 'rows'>, chunk: number): number {
-  return Math.min(chunkRows, rows - chunk * chunkRows);
 }
 
 const script = readFileSync(new URL('batch.lua', import.meta.url), 'utf8');
@@ -140,7 +152,8 @@ const textFields = new Set<string>([
 ]);
 const flagFields = ['mapped', 'force', 'sealed'] as const;
 
-export function createBatchRecords(redis: Redis, retention: Retention): BatchRecords {
+/** @param rowsAChunk of all chunks but the last; another number only where small chunks show more. */
+export function createBatchRecords(redis: Redis, retention: Retention, rowsAChunk = chunkRows): BatchRecords {
   redis.defineCommand('acousticsenseBatch', { lua: script });
   const scripted = redis as ScriptedRedis;
 
@@ -156,6 +169,8 @@ export function createBatchRecords(redis: Redis, retention: Retention): BatchRec
       keys.activeBatches(tenant),
       keys.events(tenant),
       keys.ended(tenant),
+      keys.batches(tenant),
+      keys.deletedBatch(tenant, id),
       keys.rows(tenant, id, step.chunk ?? 0),
       ...jobIds.map((jobId) => keys.record(tenant, jobId)),
     ];
@@ -166,6 +181,7 @@ export function createBatchRecords(redis: Redis, retention: Retention): BatchRec
       iso: new Date(now).toISOString(),
       retention: retention.resultSeconds,
       eventsKept: retention.events,
+      chunkRows: rowsAChunk,
       ...rest,
     });
     const [outcome, state] = await withRedis(() =>
@@ -174,30 +190,31 @@ export function createBatchRecords(redis: Redis, retention: Retention): BatchRec
     return { outcome, state } as BatchResult;
   }
 
-  async function ended(tenant: string): Promise<[id: string, what: string][]> {
-    const members = await withRedis(() => redis.smembers(keys.ended(tenant)));
-    return members.map((member) => member.split('/') as [string, string]);
+  async function getMany(refs: readonly BatchRef[]): Promise<(BatchRecord | undefined)[]> {
+    const pipeline = redis.pipeline();
+    for (const { tenant, id } of refs) pipeline.hgetall(keys.batch(tenant, id));
+    return (await answersOf<Record<string, string>>(pipeline)).map((hash) =>
+      hash['state'] === undefined ? undefined : fromHash(hash),
+    );
   }
 
   return {
     async create(batch) {
-      const now = Date.now();
-      const hash = toHash({ ...batch, createdAt: timeOf(batch.id).getTime(), updatedAt: now });
+      const createdAt = timeOf(batch.id).getTime();
+      const hash = toHash({ ...batch, createdAt, updatedAt: Date.now() });
       await withRedis(() => redis.sadd(keys.tenants, batch.tenant));
       await withRedis(() =>
         redis
           .multi()
           .hset(keys.batch(batch.tenant, batch.id), hash)
-          .zadd(keys.batches(batch.tenant), now, batch.id)
+          .zadd(keys.batches(batch.tenant), createdAt, batch.id)
           .sadd(keys.activeBatches(batch.tenant), batch.id)
           .exec(),
       );
     },
 
-    async get({ tenant, id }) {
-      const hash = await withRedis(() => redis.hgetall(keys.batch(tenant, id)));
-      return hash['state'] === undefined ? undefined : fromHash(hash);
-    },
+    get: async (ref) => (await getMany([ref]))[0],
+    getMany,
 
     list: (tenant, limit, before = Number.POSITIVE_INFINITY) =>
       withRedis(() =>
@@ -227,7 +244,6 @@ export function createBatchRecords(redis: Redis, retention: Retention): BatchRec
 
     open: (ref, step) => run(ref, 'open', step),
     reopen: (ref, step) => run(ref, 'reopen', step),
-    skip: (ref, step) => run(ref, 'skip', step),
     close: (ref, step) => run(ref, 'close', step),
     cancelRows: (ref, step) => run(ref, 'cancelRows', step),
 
@@ -235,54 +251,47 @@ export function createBatchRecords(redis: Redis, retention: Retention): BatchRec
       return (await withRedis(() => redis.get(keys.rows(tenant, id, chunk)))) ?? undefined;
     },
 
-    async openChunks({ tenant, id }) {
-      const fields = await withRedis(() => redis.hkeys(keys.batch(tenant, id)));
-      return fields
-        .filter((field) => field.startsWith('left:'))
-        .map((field) => Number(field.slice(5)))
-        .sort((a, b) => a - b);
+    openChunks: async (ref) => {
+      const fields = await withRedis(() => redis.hkeys(keys.batch(ref.tenant, ref.id)));
+      return openOf(fields);
     },
 
-    async endedChunks(tenant) {
-      return (await ended(tenant))
-        .filter(([, what]) => what !== 'batch')
-        .map(([id, chunk]) => ({ id, chunk: Number(chunk) }));
+    async pending(tenants) {
+      const pipeline = redis.pipeline();
+      for (const tenant of tenants)
+        pipeline.smembers(keys.activeBatches(tenant)).smembers(keys.ended(tenant));
+      const answers = await answersOf<string[]>(pipeline);
+      return tenants.map((_, at) => {
+        const ended = answers[2 * at + 1]!.map((member) => member.split('/') as [string, string]);
+        return {
+          active: answers[2 * at]!,
+          chunks: ended.flatMap(([id, what]) => (what === 'batch' ? [] : [{ id, chunk: Number(what) }])),
+          unsaved: ended.flatMap(([id, what]) => (what === 'batch' ? [id] : [])),
+        };
+      });
     },
+
     progress: (ref, step) => run(ref, 'progress', step),
-    async unsaved(tenant) {
-      return (await ended(tenant)).filter(([, what]) => what === 'batch').map(([id]) => id);
-    },
-    saved: (ref) => run(ref, 'saved'),
-
-    async remove({ tenant, id }, deletedAt) {
-      await withRedis(() =>
-        redis
-          .multi()
-          .set(keys.deletedBatch(tenant, id), deletedAt, 'EX', year)
-          .del(keys.batch(tenant, id))
-          .zrem(keys.batches(tenant), id)
-          .srem(keys.activeBatches(tenant), id)
-          .exec(),
-      );
-    },
-
-    async forget({ tenant, id }) {
-      await withRedis(() =>
-        redis
-          .multi()
-          .del(keys.batch(tenant, id))
-          .zrem(keys.batches(tenant), id)
-          .srem(keys.activeBatches(tenant), id)
-          .srem(keys.ended(tenant), `${id}/batch`)
-          .exec(),
-      );
-    },
+    saved: (ref, step) => run(ref, 'saved', step),
+    remove: (ref, deletedAt) => run(ref, 'remove', { deletedAt }),
+    forget: (ref) => run(ref, 'remove'),
 
     async deletedAt({ tenant, id }) {
       const time = await withRedis(() => redis.get(keys.deletedBatch(tenant, id)));
       return time === null ? undefined : Number(time);
     },
   };
+}
+
+/** @throws the first error that any of the commands answers. */
+async function answersOf<Answer>(pipeline: ChainableCommander): Promise<Answer[]> {
+  return withRedis(async () => {
+    const answers = (await pipeline.exec()) ?? [];
+    return answers.map(([error, answer]) => {
+      if (error) throw error;
+      return answer as Answer;
+    });
+  });
 }
 
 function toHash(fields: Record<string, unknown>): Record<string, string> {
@@ -294,20 +303,28 @@ function toHash(fields: Record<string, unknown>): Record<string, string> {
   return hash;
 }
 
+function openOf(fields: readonly string[]): number[] {
+  const left = fields.filter((field) => field.startsWith('left:'));
+  return left.map((field) => Number(field.slice(5))).sort((a, b) => a - b);
+}
+
 function fromHash(hash: Record<string, string>): BatchRecord {
-  const faults: BatchRecord['faults'] = [];
-  const record: Record<string, unknown> = { faults };
+  const record: Record<string, unknown> = {};
+  const faults: [at: number, fault: BatchRecord['faults'][number]][] = [];
   for (const [field, text] of Object.entries(hash)) {
-    if (field.startsWith('left:')) continue;
-    if (field.startsWith('fault:')) {
+    const [of, number] = field.split(':');
+    if (number === undefined) record[field] = textFields.has(field) ? text : Number(text);
+    else if (of === 'fault') {
       const { row, error } = JSON.parse(text) as { row: number; error: string };
-      faults.push({ row, error: JSON.parse(error) });
-      continue;
+      faults.push([Number(number), { row, error: JSON.parse(error) }]);
     }
-    record[field] = textFields.has(field) ? text : Number(text);
   }
   for (const field of jsonFields) if (hash[field] !== undefined) record[field] = JSON.parse(hash[field]);
   for (const field of flagFields)
     if (hash[field] !== undefined) record[field] = ['true', '1'].includes(hash[field]);
-  return batchRecordSchema.parse(record);
+  return batchRecordSchema.parse({
+    ...record,
+    openChunks: openOf(Object.keys(hash)),
+    faults: faults.sort(([a], [b]) => a - b).map(([, fault]) => fault),
+  });
 }

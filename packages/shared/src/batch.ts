@@ -76,6 +76,7 @@ export const batchRecordSchema = z.object({
   chunks: count.describe('of the manifest so far'),
   opened: count,
   closed: count,
+  openChunks: z.array(z.int()).default([]).describe('their numbers, ascending'),
   retryNext: z.int().optional().describe('of a retry: the next chunk to look through'),
   rows: count.describe('good rows: all of them end once'),
   bad: count.describe('rows of the manifest that could not be used'),

@@ -7,6 +7,7 @@ import { rowJobId } from './batch-records.ts';
 import { outlierOf, reasonToDoubt } from './doubt.ts';
 import type { House } from './house-genres.ts';
 import type { JobRecord } from './job.ts';
+import { firstGeneration } from './job-records.ts';
 import type { ManifestRow } from './manifest.ts';
 
 /**
@@ -64,7 +65,7 @@ export function unfedRow(
     state: cancelled ? 'cancelled' : 'failed',
     revision: batch.revision,
     finishedAt: Date.now(),
-    generation: batch.round + 1,
+    generation: firstGeneration(batch.round),
     ...(cancelled ? {} : { error }),
   };
 }

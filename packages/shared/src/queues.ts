@@ -3,7 +3,6 @@ import { Queue, type QueueOptions } from 'bullmq';
 import type { Redis } from 'ioredis';
 import type { JobRecord } from './job.ts';
 import {
-  type JobClass,
   payloadVersion,
   queueJobId,
   queueName,
@@ -40,8 +39,8 @@ export interface Queues {
   add(stage: StageName, job: Queued): Promise<void>;
   /** As {@link add}, of jobs on one route, in one round trip. */
   addMany(stage: StageName, jobs: readonly Queued[]): Promise<void>;
-  /** Queue jobs that a worker holds or could take now, by the class that waits: one cheap look. */
-  depth(stage: StageName, route: Route): Promise<Record<JobClass | 'active', number>>;
+  /** Queue jobs that a worker holds or could take now: one cheap look. */
+  depth(stage: StageName, route: Route): Promise<number>;
   /** What BullMQ knows of the queue job: its state, or `gone`. */
   state(stage: StageName, job: Queued): Promise<string>;
   /** Takes a job that no worker holds out of the queue; one that is held is left to its worker. */
@@ -113,22 +112,8 @@ export function createQueues(connection: Redis): Queues {
       await withRedis(() => queueOf(stage, first).addBulk(entries));
     },
 
-    async depth(stage, route) {
-      const queue = queueOf(stage, route);
-      const { release, backfill } = queuePriority;
-      const [counts, priorities] = await withRedis(() =>
-        Promise.all([
-          queue.getJobCounts('waiting', 'active'),
-          queue.getCountsPerPriority([release, backfill]),
-        ]),
-      );
-      return {
-        active: counts['active'] ?? 0,
-        interactive: counts['waiting'] ?? 0,
-        release: priorities[release] ?? 0,
-        backfill: priorities[backfill] ?? 0,
-      };
-    },
+    depth: (stage, route) =>
+      withRedis(() => queueOf(stage, route).getJobCountByTypes('waiting', 'prioritized', 'active')),
 
     async state(stage, job) {
       const id = queueJobId({ jobId: job.id, generation: job.generation });

@@ -2,280 +2,272 @@
  * The feeder: keeps the queues at a few times what the workers hold, and no fuller. A million rows wait in storage, not
  * in Redis; so a release that comes later overtakes them, and so does another tenant.
  *
- * Turns go to tenants by deficit round-robin (Shreedhar and Varghese 1995): a tenant of weight 2 hands over twice the
- * rows of one of weight 1 while both have some. Within a tenant releases go before backfills, and batches of one
- * class in turn. One process feeds at a time, by a lease; a second one would do the same work again, harmlessly.
+ * Turns go to tenants by weight (`turns.ts`), among those whose rows go through the same workers. Within a tenant
+ * releases go before backfills, and batches of one class in turn. One process feeds at a time, by a lease; a second one
+ * would do the same work again, harmlessly: every step is decided in Redis.
  */
 import { type BatchRecord, isEnded } from '@acousticsense/shared/batch';
 import { type BatchRecords, rowJobId } from '@acousticsense/shared/batch-records';
+import { InfrastructureFault } from '@acousticsense/shared/errors';
 import {
   anyOpenState,
+  type CommitResult,
   type JobRecords,
   type NewJobRecord,
   refOf,
   rowIndex,
 } from '@acousticsense/shared/job-records';
-import { isFinished, type JobClass, type StageName, stageOf } from '@acousticsense/shared/pipeline';
-import type { Queues, Route } from '@acousticsense/shared/queues';
-import { liveWorkers } from '@acousticsense/shared/serving';
+import { isFinished, type StageName, stageOf } from '@acousticsense/shared/pipeline';
+import type { Queues } from '@acousticsense/shared/queues';
 import type { Redis } from 'ioredis';
 import type { Logger } from 'pino';
+import { createErrands } from './errands.ts';
 import { createFeed, type Feed, type FeedDeps } from './feeds.ts';
+import type { Parts } from './parts.ts';
 import { createRates } from './rates.ts';
+import { measureRoom, type Pool, type Room, readPools } from './rooms.ts';
+import { createTurns, type Turns } from './turns.ts';
 
 export interface FeederDeps extends FeedDeps {
   readonly redis: Redis;
   readonly records: JobRecords;
   readonly batches: BatchRecords;
   readonly queues: Queues;
-  readonly parts: FeedDeps['parts'] & {
-    close(tenant: string, batchId: string, chunk: number): Promise<void>;
-    save(tenant: string, batchId: string): Promise<void>;
-  };
+  readonly parts: Parts;
   readonly receive: (batch: BatchRecord, signal: AbortSignal) => Promise<void>;
   readonly weightOf: (tenant: string) => Promise<number>;
   readonly log: Logger;
-  /** Rows in the queues, as a multiple of what workers hold at a time. */
+  /** Rows in a queue, as a multiple of what its workers hold at a time. */
   readonly factor: number;
 }
 
-/** Rows that a tenant of weight 1 hands over in a turn. */
-const quantum = 32;
-/** Below this the queues would run dry between two looks, however few the workers. */
-const leastQueued = 32;
-/** How often batches and workers are read again. */
+/** Rows that a tenant of weight 1 hands over in a turn: while there is little room, others wait for as many. */
+const quantum = 8;
+/** Handed over at a time, and in a round: between rounds there is a look at what has changed. */
+const groupRows = 200;
+const roundRows = 1_000;
+/** How often the tenants that have batches are looked at, at most; and everybody, for who is new. */
 const lookMs = 250;
+const everybodyMs = 1_000;
+/** Looking takes up no more than this share of the time, however many batches there are. */
+const lookShare = 0.1;
 const idleMs = 50;
+/** Prepared ahead of their turn, for each batch and in all (each takes some kilobytes of memory). */
+const aheadRows = 1_000;
+const aheadInAll = 50_000;
+const leastAhead = 100;
 /** A batch whose manifest stopped coming: its caller has gone. */
 const abandonedMs = 3_600_000;
-
-interface Room {
-  /** Of all rows. */
-  total: number;
-  /** As if only releases waited: they overtake what waits. */
-  release: number;
-}
+/** Jobs of a cancelled batch that are ended at a time. */
+const cancelledAtOnce = 100;
 
 export type Feeder = ReturnType<typeof createFeeder>;
 
 export function createFeeder(deps: FeederDeps) {
   const { redis, records, batches, queues, parts, log, signal } = deps;
+  /** In the order of their turns. */
   const feeds = new Map<string, Feed>();
-  const receiving = new Map<string, Promise<void>>();
-  const deficits = new Map<string, number>();
-  const closing = new Map<string, Promise<void>>();
+  /** By model digest. */
+  const turns = new Map<string, Turns>();
+  const weights = new Map<string, number>();
   const rates = createRates(batches);
-  let tenants: string[] = [];
-  let lookedAt = 0;
-  let capacities = new Map<string, { route: Route; slots: number }>();
-  /** Whose turn is first: goes round. */
-  let first = 0;
+  const errands = {
+    receive: createErrands('manifest', 64, log, signal),
+    cancel: createErrands('cancel', 4, log, signal),
+    close: createErrands('part', 4, log, signal),
+    save: createErrands('batch', 4, log, signal),
+  };
+  let pools = new Map<string, Pool>();
+  let everybody: string[] = [];
+  let busy = new Set<string>();
+  let lookAt = 0;
+  let everybodyAt = 0;
 
-  /** @returns whether there was anything to do: the next round may come at once. */
+  /** @returns whether there was anything to hand over: the next round may come at once. */
   async function round(): Promise<boolean> {
-    if (Date.now() - lookedAt >= lookMs) await look();
-    const closed = await closeEnded();
-    const fed = await feed();
-    return closed || fed > 0;
+    if (performance.now() >= lookAt) await look();
+    return feed();
   }
 
   async function look(): Promise<void> {
-    lookedAt = Date.now();
-    tenants = await records.tenants();
-    capacities = await readCapacities();
-    const active = new Set<string>();
-    for (const tenant of tenants) {
-      for (const id of await batches.active(tenant)) {
-        const batch = await batches.get({ tenant, id });
-        if (batch === undefined || isEnded(batch.state)) continue;
-        active.add(id);
-        await attend(batch);
-      }
-      for (const id of await batches.unsaved(tenant)) await parts.save(tenant, id);
+    const from = performance.now();
+    if (from >= everybodyAt) {
+      everybody = await records.tenants();
+      everybodyAt = from + everybodyMs;
+      busy = new Set(everybody);
     }
-    for (const id of feeds.keys()) if (!active.has(id)) feeds.delete(id);
+    pools = await readPools(redis);
+    const tenants = [...busy];
+    const pending = await batches.pending(tenants);
+    busy = new Set(
+      tenants.filter((_, at) => Object.values(pending[at]!).some((errands) => errands.length > 0)),
+    );
+    for (const tenant of busy) weights.set(tenant, await deps.weightOf(tenant));
+
+    const refs = pending.flatMap(({ active }, at) => active.map((id) => ({ tenant: tenants[at]!, id })));
+    const found = await Promise.all(refs.map(read));
+    const active = found.filter((batch) => batch !== undefined && !isEnded(batch.state)) as BatchRecord[];
+    const known = new Set(active.map(({ id }) => id));
+    for (const id of feeds.keys()) if (!known.has(id)) feeds.delete(id);
+    for (const batch of active) await attend(batch, active.length);
+
+    for (const [at, { chunks, unsaved }] of pending.entries()) {
+      const tenant = tenants[at]!;
+      for (const { id, chunk } of chunks)
+        errands.close.run(`${id}/${chunk}`, () => parts.close(tenant, id, chunk));
+      for (const id of unsaved) errands.save.run(id, () => parts.save(tenant, id));
+    }
     await rates.measure([...feeds.values()].map(({ batch }) => batch));
+    const took = performance.now() - from;
+    lookAt = performance.now() + Math.max(lookMs, took / lookShare);
   }
 
-  async function attend(batch: BatchRecord): Promise<void> {
-    if (batch.state === 'cancelling') return cancelOpen(batch);
-    if (batch.state === 'receiving') {
+  /** One that cannot be read (of another version, damaged) keeps the others waiting for nothing. */
+  async function read(ref: { tenant: string; id: string }): Promise<BatchRecord | undefined> {
+    return batches.get(ref).catch((error) => {
+      if (error instanceof InfrastructureFault) throw error;
+      log.error({ err: error, batchId: ref.id }, 'batch cannot be read');
+      return undefined;
+    });
+  }
+
+  async function attend(batch: BatchRecord, active: number): Promise<void> {
+    const { id, state } = batch;
+    if (state === 'cancelling' || state === 'receiving') feeds.delete(id);
+    if (state === 'cancelling') return errands.cancel.run(id, () => cancelOpen(batch));
+    if (state === 'receiving') {
       if (Date.now() - batch.updatedAt > abandonedMs) await batches.cancel(batch);
       return;
     }
-    if (!batch.sealed && batch.origin.kind !== 'manifest') receive(batch);
-    const feed = feeds.get(batch.id);
-    if (feed) feed.update(batch);
-    else {
-      const fresh = createFeed(batch, deps);
-      feeds.set(batch.id, fresh);
-      fresh.update(batch);
-    }
-  }
-
-  function receive(batch: BatchRecord): void {
-    if (receiving.has(batch.id)) return;
-    const work = deps
-      .receive(batch, signal)
-      .catch(async (error) => {
-        if (signal.aborted) return;
-        log.warn({ err: error, batchId: batch.id }, 'the manifest could not be read on; trying again');
-        await new Promise((resolve) => setTimeout(resolve, 1_000));
-      })
-      .finally(() => receiving.delete(batch.id));
-    receiving.set(batch.id, work);
+    if (!batch.sealed && batch.origin.kind !== 'manifest')
+      errands.receive.run(id, () => deps.receive(batch, signal));
+    const feed = feeds.get(id) ?? createFeed(batch, deps);
+    feeds.set(id, feed);
+    feed.update(batch, Math.min(aheadRows, Math.max(leastAhead, Math.floor(aheadInAll / active))));
   }
 
   /** Stops what a cancelled batch still has: rows that were never fed, and jobs. */
   async function cancelOpen(batch: BatchRecord): Promise<void> {
-    const { tenant, id } = batch;
-    feeds.delete(id);
     for (const chunk of await batches.openChunks(batch)) {
       await batches.cancelRows(batch, { chunk });
       const states = (await batches.rowStates(batch, chunk)) ?? '';
-      const rows = [...states].flatMap((state, row) => (state === 'o' ? [row] : []));
-      const jobIds = rows.map((row) => rowJobId(id, rowIndex({ chunk, row })));
-      for (const record of await records.getMany(tenant, jobIds)) {
-        if (record === undefined || isFinished(record.state)) continue;
-        const events = [{ type: 'job.cancelled' as const }];
-        const { outcome } = await records.commit(refOf(record), {
-          from: anyOpenState,
-          to: 'cancelled',
-          events,
-        });
-        const stage = stageOf(record.state);
-        if (outcome === 'committed' && stage) await queues.withdraw(stage, record).catch(() => {});
-      }
-    }
-  }
-
-  /** What decoders and inference services hold at a time, by the route of their jobs. */
-  async function readCapacities() {
-    const workers = await liveWorkers(redis);
-    const found = new Map<string, { route: Route; slots: number }>();
-    for (const { kind, profileHash, modelDigest, concurrency } of workers) {
-      if (kind !== 'inference') continue;
-      const route = { profileHash, modelDigest };
-      const decoders = workers.filter(
-        (other) => other.kind === 'decoder' && other.profileHash === profileHash,
+      const jobIds = [...states].flatMap((state, row) =>
+        state === 'o' ? [rowJobId(batch.id, rowIndex({ chunk, row }))] : [],
       );
-      const known = found.get(modelDigest);
-      const slots = known ? known.slots : decoders.reduce((sum, other) => sum + (other.concurrency ?? 1), 0);
-      found.set(modelDigest, { route, slots: slots + (concurrency ?? 1) });
-    }
-    return found;
-  }
-
-  async function closeEnded(): Promise<boolean> {
-    for (const tenant of tenants) {
-      for (const { id, chunk } of await batches.endedChunks(tenant)) {
-        const key = `${id}/${chunk}`;
-        if (closing.has(key) || closing.size >= 4) continue;
-        const work = parts
-          .close(tenant, id, chunk)
-          .catch((error) =>
-            log.warn({ err: error, batchId: id, chunk }, 'a part could not be written; trying again'),
-          )
-          .finally(() => closing.delete(key));
-        closing.set(key, work);
+      for (let at = 0; at < jobIds.length && !signal.aborted; at += cancelledAtOnce) {
+        const jobs = await records.getMany(batch.tenant, jobIds.slice(at, at + cancelledAtOnce));
+        await Promise.all(jobs.map((job) => job && !isFinished(job.state) && cancel(job)));
       }
     }
-    return false;
   }
 
-  async function feed(): Promise<number> {
-    const rooms = new Map<string, Room>();
-    for (const { batch, ready } of feeds.values()) {
-      if (ready > 0 && !rooms.has(batch.modelDigest)) rooms.set(batch.modelDigest, await roomOf(batch));
-    }
+  async function cancel(job: NewJobRecord & { state: Exclude<NewJobRecord['state'], undefined> }) {
+    const step = { from: anyOpenState, to: 'cancelled', events: [{ type: 'job.cancelled' }] } as const;
+    const { outcome } = await records.commit(refOf(job), step);
+    const stage = stageOf(job.state);
+    // One that stays in a queue is dropped by the worker that takes it.
+    if (outcome === 'committed' && stage) await queues.withdraw(stage, job).catch(() => {});
+  }
+
+  async function feed(): Promise<boolean> {
     let fed = 0;
-    for (;;) {
-      const waiting = tenants.filter((tenant) => waitingOf(tenant, rooms).length > 0);
-      if (waiting.length === 0) return fed;
-      const taken: NewJobRecord[] = [];
-      for (let turn = 0; turn < waiting.length; turn += 1) {
-        const tenant = waiting[(turn + first) % waiting.length]!;
-        // A tenant that had nothing keeps no credit: it would flood the queues when it comes back.
-        const credit = (deficits.get(tenant) ?? 0) + quantum * (await deps.weightOf(tenant));
-        const rows = takeTurn(tenant, credit, rooms);
-        deficits.set(tenant, waitingOf(tenant, rooms).length > 0 ? credit - rows.length : 0);
-        taken.push(...rows);
+    for (const [model, waiting] of waitingByModel()) {
+      const room = await measureRoom(queues, pools.get(model), deps.factor);
+      const whose = turns.get(model) ?? createTurns(quantum, (tenant) => weights.get(tenant) ?? 1);
+      turns.set(model, whose);
+      while (fed < roundRows) {
+        const taken = takeGroup(waiting, whose, room);
+        if (taken.length === 0) break;
+        fed += taken.length;
+        await handOver(taken);
       }
-      first += 1;
-      if (taken.length === 0) return fed;
-      await handOver(taken);
-      fed += taken.length;
     }
+    return fed > 0;
   }
 
-  /** Batches of a tenant that have rows ready and room for them, in the order of their turns. */
-  function waitingOf(tenant: string, rooms: Map<string, Room>): Feed[] {
-    const own = [...feeds.values()].filter(
-      ({ batch, ready }) => batch.tenant === tenant && ready > 0 && roomFor(batch, rooms) > 0,
-    );
-    return own.sort((a, b) => rankOf(a.batch) - rankOf(b.batch));
+  /** Feeds that have rows ready, by model and tenant, in the order in which a tenant's go. */
+  function waitingByModel(): Map<string, Map<string, Feed[]>> {
+    const models = new Map<string, Map<string, Feed[]>>();
+    const ranked = [...feeds.values()].sort((a, b) => rankOf(a) - rankOf(b));
+    for (const feed of ranked) {
+      if (feed.next === undefined) continue;
+      const { modelDigest, tenant } = feed.batch;
+      const tenants = models.get(modelDigest) ?? new Map<string, Feed[]>();
+      models.set(modelDigest, tenants.set(tenant, [...(tenants.get(tenant) ?? []), feed]));
+    }
+    for (const model of turns.keys()) if (!models.has(model)) turns.delete(model);
+    return models;
   }
 
-  function takeTurn(tenant: string, credit: number, rooms: Map<string, Room>): NewJobRecord[] {
+  const rankOf = ({ batch }: Feed) => (batch.class === 'release' ? 0 : 1);
+
+  function takeGroup(waiting: Map<string, Feed[]>, whose: Turns, room: Room): NewJobRecord[] {
     const taken: NewJobRecord[] = [];
-    for (const feed of waitingOf(tenant, rooms)) {
-      const room = roomFor(feed.batch, rooms);
-      const rows = feed.take(Math.min(room, Math.floor(credit) - taken.length));
-      const queued = rows.filter(({ state }) => stageOf(state ?? 'queued') !== undefined).length;
-      const left = rooms.get(feed.batch.modelDigest)!;
-      left.total -= queued;
-      if (feed.batch.class === 'release') left.release -= queued;
-      // Behind the others of its class next time.
-      if (rows.length > 0) {
-        feeds.delete(feed.batch.id);
-        feeds.set(feed.batch.id, feed);
-      }
+    const mayGo = ({ next }: Feed) => next !== undefined && room.takes(next);
+    while (taken.length < groupRows) {
+      const names = [...waiting].filter(([, own]) => own.some(({ next }) => next !== undefined));
+      const canTake = (tenant: string) => waiting.get(tenant)!.some(mayGo);
+      const turn = whose.next(new Set(names.map(([tenant]) => tenant)), canTake);
+      if (turn === undefined) break;
+      const feed = waiting.get(turn.name)!.find(mayGo)!;
+      const rows = feed.take(Math.min(turn.most, groupRows - taken.length), (row) => {
+        const letIn = room.takes(row);
+        if (letIn) room.fill(row);
+        return letIn;
+      });
+      whose.took(turn.name, rows.length);
       taken.push(...rows);
-      if (taken.length >= Math.floor(credit)) break;
+      comesLast(feed, waiting.get(turn.name)!);
     }
     return taken;
   }
 
-  const rankOf = ({ class: of }: BatchRecord) => (of === 'release' ? 0 : 1);
-
-  function roomFor(batch: BatchRecord, rooms: Map<string, Room>): number {
-    const room = rooms.get(batch.modelDigest);
-    return room === undefined ? 0 : batch.class === 'release' ? room.release : room.total;
+  /** Behind the others of its class next time. */
+  function comesLast(feed: Feed, own: Feed[]): void {
+    own.splice(own.indexOf(feed), 1);
+    const behind = own.findLastIndex((other) => rankOf(other) <= rankOf(feed));
+    own.splice(behind + 1, 0, feed);
+    if (feeds.delete(feed.batch.id)) feeds.set(feed.batch.id, feed);
   }
 
-  async function roomOf(batch: BatchRecord): Promise<Room> {
-    const capacity = capacities.get(batch.modelDigest);
-    if (capacity === undefined) return { total: 0, release: 0 };
-    const depths = await Promise.all(
-      (['fetch', 'decode', 'inference'] as const).map((stage: StageName) =>
-        queues.depth(stage, capacity.route),
-      ),
-    );
-    const sum = (...classes: (JobClass | 'active')[]) =>
-      depths.reduce((all, depth) => all + classes.reduce((some, name) => some + depth[name], 0), 0);
-    const wanted = Math.max(leastQueued, Math.ceil(deps.factor * capacity.slots));
-    return {
-      total: wanted - sum('active', 'interactive', 'release', 'backfill'),
-      // What is active already cannot be overtaken, and is not waited for by what overtakes.
-      release: wanted - sum('interactive', 'release'),
-    };
-  }
-
-  /** Record first, queue second: a row that is lost between the two is found by the reconciler. */
+  /**
+   * Record first, queue second. What fails on the way comes again: a record that is there and was not begun is only
+   * added to its queue once more. What a killed process leaves between the two is found by the reconciler.
+   *
+   * @throws when something was away.
+   */
   async function handOver(rows: readonly NewJobRecord[]): Promise<void> {
-    const results = await Promise.all(rows.map((row) => records.create(row)));
+    const created = await Promise.allSettled(rows.map((row) => records.create(row)));
+    const failed = new Set<NewJobRecord>();
+    const faults: unknown[] = [];
     const groups = new Map<string, { stage: StageName; jobs: NewJobRecord[] }>();
     rows.forEach((row, at) => {
-      const { outcome, state } = results[at]!;
-      if (outcome === 'refused') feeds.get(row.batch!.id)?.giveBack(row);
-      const stage = outcome === 'committed' && state !== 'none' ? stageOf(state) : undefined;
+      const result = created[at]!;
+      if (result.status === 'rejected') {
+        failed.add(row);
+        faults.push(result.reason);
+        return;
+      }
+      if (result.value.outcome === 'refused') feeds.get(row.batch!.id)?.reset();
+      const stage = stageToBegin(result.value);
       if (stage === undefined) return;
       const key = `${stage}/${row.profileHash}/${row.modelDigest}`;
       const group = groups.get(key) ?? { stage, jobs: [] };
       group.jobs.push(row);
       groups.set(key, group);
     });
-    await Promise.all([...groups.values()].map(({ stage, jobs }) => queues.addMany(stage, jobs)));
+    for (const { stage, jobs } of groups.values()) {
+      await queues.addMany(stage, jobs).catch((error) => {
+        faults.push(error);
+        for (const job of jobs) failed.add(job);
+      });
+    }
+    if (faults.length === 0) return;
+    for (const feed of feeds.values()) {
+      const own = rows.filter((row) => failed.has(row) && row.batch!.id === feed.batch.id);
+      if (own.length > 0) feed.giveBack(own);
+    }
+    throw faults[0];
   }
 
   return {
@@ -283,12 +275,20 @@ export function createFeeder(deps: FeederDeps) {
     idleMs,
     /** Waits for what is under way. */
     async settle() {
-      await Promise.allSettled([...closing.values(), ...receiving.values()]);
+      await Promise.all(Object.values(errands).map((some) => some.settle()));
     },
     /** Another process has fed meanwhile: what was known of the batches is not what is. */
     forget() {
       feeds.clear();
-      lookedAt = 0;
+      turns.clear();
+      lookAt = 0;
+      everybodyAt = 0;
     },
   };
+}
+
+/** Where a record that was not begun is to be added. */
+function stageToBegin({ outcome, state, version }: CommitResult): StageName | undefined {
+  const isNew = outcome === 'committed' || (outcome === 'already' && version === 1);
+  return isNew && state !== 'none' ? stageOf(state) : undefined;
 }

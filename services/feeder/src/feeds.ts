@@ -2,12 +2,12 @@
  * What waits of each batch: its chunks are opened one after another, and their rows prepared ahead of their turn, so
  * that whoever hands out turns never waits.
  */
-import { type BatchRecord, isEnded } from '@acousticsense/shared/batch';
-import { type BatchRecords, rowsOfChunk } from '@acousticsense/shared/batch-records';
+import type { BatchRecord } from '@acousticsense/shared/batch';
+import type { BatchRecords } from '@acousticsense/shared/batch-records';
 import type { NewJobRecord } from '@acousticsense/shared/job-records';
 import { decodeChunk } from '@acousticsense/shared/manifest';
 import { chunkKey } from '@acousticsense/shared/object-keys';
-import type { Storage } from '@acousticsense/shared/storage';
+import { ObjectNotFound, type Storage } from '@acousticsense/shared/storage';
 import type { Logger } from 'pino';
 import type { Parts } from './parts.ts';
 import type { ChunkRow, Rows } from './rows.ts';
@@ -25,52 +25,71 @@ export interface FeedDeps {
 
 export interface Feed {
   readonly batch: BatchRecord;
-  /** As it was read last; a commit refuses what has changed since. */
-  update(batch: BatchRecord): void;
-  /** Takes up to `most` rows whose turn it is; none while nothing is prepared. */
-  take(most: number): NewJobRecord[];
-  /** Of a row that could not be handed over: its chunk is looked through again. */
-  giveBack(row: NewJobRecord): void;
-  readonly ready: number;
+  /** @param ahead rows to be prepared ahead. */
+  update(batch: BatchRecord, ahead: number): void;
+  /** The row whose turn it is; undefined while none is prepared. */
+  readonly next: NewJobRecord | undefined;
+  /** Takes up to `most` rows in their order, up to the first that is not let in. */
+  take(most: number, letIn: (row: NewJobRecord) => boolean): NewJobRecord[];
+  /** Of rows that could not be handed over: they come next. */
+  giveBack(rows: readonly NewJobRecord[]): void;
+  /** What is prepared is not what is to be done any more: the batch is looked through again. */
+  reset(): void;
 }
 
-/** Rows prepared ahead. */
-const aheadRows = 1_000;
-/** Rows whose sources are asked for at once; a stop waits for no more than these. */
+/** Rows whose sources are asked for at once. */
 const groupRows = 250;
-const retryMs = 1_000;
+const firstRetryMs = 500;
+const lastRetryMs = 60_000;
+/** A batch that waits for so long with nothing prepared is looked through again: whatever it was, it must not stay. */
+const forgottenMs = 60_000;
 
 export function createFeed(first: BatchRecord, deps: FeedDeps): Feed {
   const { storage, batches, rows, parts, log, openChunks, signal } = deps;
   let batch = first;
+  let ahead = 0;
   let ready: NewJobRecord[] = [];
   /** Rows of open chunks that were found waiting, in their order. */
   let found: ChunkRow[] = [];
-  /** Open chunks that were looked through; a chunk comes into it when this process opens it. */
+  /** Chunks that were looked through. */
   const seen = new Set<number>();
+  /** Raised by every reset: what was begun before it comes to nothing. */
+  let epoch = 0;
   let working = false;
-  let pausedUntil = 0;
-  /** Nothing more can be opened until the batch is another. */
+  let failures = 0;
+  let retryAt = 0;
+  /** Nothing can be had until the batch is another. */
   let exhausted = false;
+  let lastTaken = performance.now();
 
   function wake(): void {
-    if (working || batch.state !== 'running' || signal.aborted) return;
-    if (ready.length >= aheadRows || exhausted || Date.now() < pausedUntil) return;
+    if (working || exhausted || ready.length >= ahead || batch.state !== 'running' || signal.aborted) return;
+    if (performance.now() < retryAt) return;
     working = true;
-    work()
-      .catch((error) => {
-        pausedUntil = Date.now() + retryMs;
-        if (!signal.aborted) log.warn({ err: error, batchId: batch.id }, 'rows could not be prepared');
-      })
+    const mine = epoch;
+    work(mine)
+      .then(
+        () => {
+          failures = 0;
+        },
+        (error) => {
+          if (signal.aborted || mine !== epoch) return;
+          failures += 1;
+          retryAt = performance.now() + Math.min(lastRetryMs, firstRetryMs * 2 ** (failures - 1));
+          log.warn({ err: error, batchId: batch.id, failures }, 'rows could not be prepared; trying again');
+        },
+      )
       .finally(() => {
         working = false;
+        wake();
       });
   }
 
-  async function work(): Promise<void> {
-    while (ready.length < aheadRows && batch.state === 'running' && !signal.aborted) {
+  async function work(mine: number): Promise<void> {
+    while (ready.length < ahead && !signal.aborted) {
       if (found.length === 0) {
-        const chunk = await nextChunk();
+        const chunk = await nextRows(mine);
+        if (mine !== epoch) return;
         if (chunk === undefined) {
           exhausted = true;
           return;
@@ -80,82 +99,88 @@ export function createFeed(first: BatchRecord, deps: FeedDeps): Feed {
       }
       const group = found.slice(0, groupRows);
       const jobs = await rows.prepare(batch, group, signal);
+      if (mine !== epoch) return;
       found = found.slice(group.length);
       ready.push(...jobs);
     }
   }
 
-  /** @returns the waiting rows of a chunk; undefined when there is none to be had now. */
-  async function nextChunk(): Promise<ChunkRow[] | undefined> {
-    const ref = { tenant: batch.tenant, id: batch.id };
-    const open = await batches.openChunks(ref);
-    for (const known of seen) if (!open.includes(known)) seen.delete(known);
-    const unseen = open.find((chunk) => !seen.has(chunk));
+  /** @returns the waiting rows of a chunk, or none when one was opened; undefined when there is nothing to be had. */
+  async function nextRows(mine: number): Promise<ChunkRow[] | undefined> {
+    const unseen = batch.openChunks.find((chunk) => !seen.has(chunk));
     if (unseen !== undefined) {
-      seen.add(unseen);
-      return waitingRows(unseen);
+      const waiting = await waitingRows(unseen);
+      if (mine === epoch) seen.add(unseen);
+      return waiting;
     }
-    if (open.length >= openChunks) return undefined;
-    const now = await batches.get(ref);
-    if (now === undefined || isEnded(now.state)) return undefined;
-    if (now.retryNext !== undefined && now.retryNext < now.chunks) {
-      await reopen(now, now.retryNext);
-      return [];
-    }
-    if (now.opened >= now.chunks) return undefined;
-    const step = { chunk: now.opened, rows: rowsOfChunk(now, now.opened) };
-    const { outcome } = await batches.open(ref, step);
-    return outcome === 'done' || outcome === 'already' ? [] : undefined;
+    if (batch.openChunks.length >= openChunks) return undefined;
+    if (batch.retryNext !== undefined) await reopen(batch.retryNext);
+    else if (batch.opened < batch.chunks) await batches.open(batch, { chunk: batch.opened });
+    else return undefined;
+    const now = await batches.get(batch);
+    if (now === undefined || now.state !== 'running' || now.round !== batch.round || mine !== epoch)
+      return undefined;
+    batch = now;
+    return [];
   }
 
-  async function reopen(now: BatchRecord, chunk: number): Promise<void> {
-    const ref = { tenant: now.tenant, id: now.id };
-    const states = (await parts.readPart(now.tenant, now.id, chunk))
-      .map(({ state }) => (state === 'failed' ? '.' : 'k'))
-      .join('');
-    const failed = states.replaceAll('k', '').length;
-    if (failed === 0) await batches.skip(ref, { chunk });
-    else await batches.reopen(ref, { chunk, states, failed });
+  async function reopen(chunk: number): Promise<void> {
+    const { tenant, id } = batch;
+    const part = await parts.readPart(tenant, id, chunk).catch((error) => {
+      if (!(error instanceof ObjectNotFound)) throw error;
+      log.error({ batchId: id, chunk }, 'a part is gone: what failed in it cannot be tried again');
+      return [];
+    });
+    const states = part.map(({ state }) => (state === 'failed' ? '.' : 'k')).join('');
+    await batches.reopen(batch, { chunk, states });
   }
 
   async function waitingRows(chunk: number): Promise<ChunkRow[]> {
     const { tenant, id } = batch;
-    try {
-      const states = await batches.rowStates({ tenant, id }, chunk);
-      if (states?.includes('.') !== true) return [];
-      const manifest = decodeChunk(await storage.read(chunkKey(tenant, id, chunk), signal));
-      return manifest.flatMap((of, row) => (states[row] === '.' ? [{ chunk, row, manifest: of }] : []));
-    } catch (error) {
-      seen.delete(chunk);
-      throw error;
-    }
+    const states = await batches.rowStates(batch, chunk);
+    if (states?.includes('.') !== true) return [];
+    const manifest = decodeChunk(await storage.read(chunkKey(tenant, id, chunk), signal));
+    return manifest.flatMap((of, row) => (states[row] === '.' ? [{ chunk, row, manifest: of }] : []));
+  }
+
+  function reset(): void {
+    epoch += 1;
+    ready = [];
+    found = [];
+    seen.clear();
+    exhausted = false;
+    retryAt = 0;
+    lastTaken = performance.now();
   }
 
   return {
     get batch() {
       return batch;
     },
-    update(now) {
-      // Under another round, or after a pause, what was prepared is not what is to be done.
-      if (now.round !== batch.round || now.state !== 'running') {
-        ready = [];
-        found = [];
-        seen.clear();
-      }
+    update(now, rowsAhead) {
+      const isForgotten =
+        now.waiting > 0 && ready.length === 0 && !working && performance.now() - lastTaken > forgottenMs;
+      if (now.round !== batch.round || now.state !== 'running' || isForgotten) reset();
       batch = now;
+      ahead = rowsAhead;
       exhausted = false;
       wake();
     },
-    take(most) {
-      const taken = ready.splice(0, most);
+    get next() {
+      return ready[0];
+    },
+    take(most, letIn) {
+      let count = 0;
+      while (count < most && count < ready.length && letIn(ready[count]!)) count += 1;
+      const taken = ready.slice(0, count);
+      ready = ready.slice(count);
+      if (count > 0) lastTaken = performance.now();
       wake();
       return taken;
     },
-    giveBack(row) {
-      if (row.batch) seen.delete(row.batch.chunk);
+    giveBack(taken) {
+      ready = [...taken, ...ready];
     },
-    get ready() {
-      return ready.length;
-    },
+    reset,
   };
 }

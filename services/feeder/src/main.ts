@@ -1,12 +1,13 @@
 /** The feeder service: wiring, and the loop that runs while this process holds the lease. */
+import { setTimeout } from 'node:timers/promises';
 import { openSources } from '@acousticsense/egress/open-sources';
 import { createAnswerIndex } from '@acousticsense/shared/answer-index';
 import { openBackends } from '@acousticsense/shared/backends';
 import { createBatchRecords } from '@acousticsense/shared/batch-records';
-import { createLease } from '@acousticsense/shared/lease';
+import { createLease, type Lease } from '@acousticsense/shared/lease';
 import { type Service, startService } from '@acousticsense/shared/service';
 import { createTenants } from '@acousticsense/shared/tenants';
-import { Counter, Gauge } from 'prom-client';
+import { Gauge, Histogram } from 'prom-client';
 import { type FeederConfig, loadConfig } from './config.ts';
 import { createFeeder, type Feeder } from './feeder.ts';
 import { createParts } from './parts.ts';
@@ -50,71 +51,79 @@ async function wire(service: Service): Promise<void> {
     openChunks: config.openChunks,
     signal,
   });
-  const retention = createRetention({ records, batches, storage, index, log, ...config });
+  const retention = createRetention({ records, batches, storage, index, log, signal, ...config });
 
-  const running = run(service, feeder, retention, createLease(redis, 'as:feeder:lease', leaseMs), signal);
+  const lease = keepLease(createLease(redis, 'as:feeder:lease', leaseMs), feeder, service, signal);
+  const running = run(service, feeder, retention, lease, signal);
   service.onClose('feeder', async () => {
     stop.abort(new Error('the feeder stops'));
-    await running;
-    await feeder.settle();
+    await Promise.all([running, lease.ended]);
+    await Promise.all([feeder.settle(), retention.settle()]);
   });
 }
 
 /** Feeds while this process holds the lease, and waits for it otherwise. */
 async function run(
-  service: Service,
+  { log, registry }: Service,
   feeder: Feeder,
   retention: ReturnType<typeof createRetention>,
-  lease: ReturnType<typeof createLease>,
+  lease: ReturnType<typeof keepLease>,
   signal: AbortSignal,
 ): Promise<void> {
-  const { log, registry } = service;
-  const leads = new Gauge({
-    name: 'acousticsense_feeder_leads',
-    help: '1 in the process that feeds.',
+  const seconds = new Histogram({
+    name: 'acousticsense_feeder_round_seconds',
+    help: 'One look at what is to be fed, closed or ended, and what was handed over in it.',
+    buckets: [0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5],
     registers: [registry],
   });
-  const rounds = new Counter({
-    name: 'acousticsense_feeder_rounds_total',
-    help: 'Looks at what is to be fed, closed or ended.',
-    registers: [registry],
-  });
-  let heldUntil = 0;
-  let renewAt = 0;
   while (!signal.aborted) {
     let busy = false;
-    try {
-      if (performance.now() >= renewAt) {
-        const held = await lease.hold();
-        if (held && heldUntil <= performance.now()) feeder.forget();
-        heldUntil = held ? performance.now() + leaseMs : 0;
-        renewAt = performance.now() + renewMs;
-        leads.set(held ? 1 : 0);
-      }
-      if (heldUntil > performance.now()) {
+    if (lease.isHeld()) {
+      const measured = seconds.startTimer();
+      try {
         busy = await feeder.round();
-        rounds.inc();
-        await retention.maybe();
+        retention.maybe();
+      } catch (error) {
+        log.warn({ err: error }, 'a round of feeding broke off');
+        await pause(1_000, signal);
       }
-    } catch (error) {
-      log.warn({ err: error }, 'a round of feeding broke off');
-      renewAt = 0;
-      await pause(1_000, signal);
+      measured();
     }
     if (!busy) await pause(feeder.idleMs, signal);
   }
-  if (heldUntil > 0) await lease.release().catch(() => {});
 }
 
-function pause(ms: number, signal: AbortSignal): Promise<void> {
-  return new Promise((resolve) => {
-    const timer = setTimeout(done, ms);
-    function done() {
-      clearTimeout(timer);
-      signal.removeEventListener('abort', done);
-      resolve();
-    }
-    signal.addEventListener('abort', done);
-    if (signal.aborted) done();
+/** Beside the feeding, so that a long round does not lose it. */
+function keepLease(lease: Lease, feeder: Feeder, { log, registry }: Service, signal: AbortSignal) {
+  let heldUntil = 0;
+  const isHeld = () => performance.now() < heldUntil;
+  new Gauge({
+    name: 'acousticsense_feeder_leads',
+    help: '1 in the process that feeds.',
+    registers: [registry],
+    collect() {
+      this.set(isHeld() ? 1 : 0);
+    },
   });
+
+  async function keep(): Promise<void> {
+    while (!signal.aborted) {
+      const from = performance.now();
+      try {
+        const held = await lease.hold();
+        if (held && !isHeld()) feeder.forget();
+        heldUntil = held ? from + leaseMs : 0;
+      } catch (error) {
+        log.warn({ err: error }, 'the lease could not be renewed');
+      }
+      await pause(renewMs, signal);
+    }
+    if (isHeld()) await lease.release().catch(() => {});
+    heldUntil = 0;
+  }
+  return { isHeld, ended: keep() };
+}
+
+function pause(ms: number, signal: AbortSignal): Promise<unknown> {
+  return setTimeout(ms, undefined, { signal }).catch(() => {});
 }

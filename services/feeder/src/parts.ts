@@ -2,13 +2,13 @@
 
 import type { AnswerEntry, AnswerIndex } from '@acousticsense/shared/answer-index';
 import { answerKey, identityOf } from '@acousticsense/shared/answer-key';
-import { type BatchRecord, decodePart, encodePart, isEnded, type PartRow } from '@acousticsense/shared/batch';
-import { type BatchRecords, rowJobId } from '@acousticsense/shared/batch-records';
+import { type BatchRecord, decodePart, encodePart, type PartRow } from '@acousticsense/shared/batch';
+import { type BatchRecords, type BatchRef, rowJobId } from '@acousticsense/shared/batch-records';
 import { answeredRow, judgedRow, unfedRow } from '@acousticsense/shared/ended-row';
 import { createHouse, type House, mappingSchema, ownNames } from '@acousticsense/shared/house-genres';
 import type { Selection, SourceObject } from '@acousticsense/shared/job';
 import { type JobRecords, rowIndex } from '@acousticsense/shared/job-records';
-import { decodeChunk, type ManifestRow } from '@acousticsense/shared/manifest';
+import { chunkRows, decodeChunk, type ManifestRow } from '@acousticsense/shared/manifest';
 import {
   batchKey,
   chunkKey,
@@ -36,64 +36,55 @@ export interface PartsDeps {
 
 export type Parts = ReturnType<typeof createParts>;
 
-const tallied = ['uncertain', 'agree', 'disagree', 'undeclared', 'unknown_genre'] as const;
+const judgements = ['agree', 'disagree', 'undeclared', 'unknown_genre'] as const;
 
 export function createParts({ redis, storage, records, batches, index, sources, log }: PartsDeps) {
   /**
    * Writes the part of a chunk whose rows have all ended, then the index's segment, then lets go of what Redis held.
    * Killed anywhere, the whole is done again and writes the same: until the last step the records are there.
+   *
+   * Another process may be at the same chunk, and be ahead. So nothing is written before it is known that the records
+   * were read while the chunk was not closed yet: what came in between would be taken for lost rows.
    */
   async function close(tenant: string, batchId: string, chunk: number): Promise<void> {
     const ref = { tenant, id: batchId };
     const batch = await batches.get(ref);
     const states = await batches.rowStates(ref, chunk);
-    if (batch === undefined || states === undefined) {
-      // Closed meanwhile, or the batch is deleted: closing it again only takes the chunk from the list.
-      await batches.close(ref, { chunk, jobIds: [], tally: {}, event: { chunk } });
-      return;
-    }
+    if (batch === undefined) return forgetChunk(ref, chunk);
+    if (states === undefined || /[.o]/.test(states)) return;
+    const key = partKey(tenant, batchId, chunk);
     const manifest = decodeChunk(await storage.read(chunkKey(tenant, batchId, chunk)));
     const jobIds = manifest.map((_, row) => rowJobId(batchId, rowIndex({ chunk, row })));
     const found = await records.getMany(tenant, jobIds);
     const kept = states.includes('k') ? await readPart(tenant, batchId, chunk) : [];
+    const isSame = (await batches.get(ref))?.round === batch.round;
+    if (!isSame || (await batches.rowStates(ref, chunk)) !== states) return;
+
     const judge = await judgeOf(batch);
-    const endpointOf = endpoints(await sources.matcher(tenant));
     const rows = manifest.map((row, at): PartRow => {
       const record = found[at];
       if (states[at] === 'k' && kept[at]) return kept[at];
-      if (record === undefined || !isFinished(record.state)) {
-        if (states[at] !== 'x')
-          log.error({ batchId, chunk, row: at, state: states[at] }, 'a row has no record');
-        return unfedRow(batch, row, rowIndex({ chunk, row: at }), states[at] === 'x');
-      }
-      return judge(answeredRow(batch, row, rowIndex({ chunk, row: at }), record));
+      if (record !== undefined && isFinished(record.state))
+        return judge(answeredRow(batch, row, rowIndex({ chunk, row: at }), record));
+      const cancelled = states[at] === 'x';
+      if (!cancelled) log.error({ batchId, chunk, row: at, state: states[at] }, 'a row has no record');
+      return unfedRow(batch, row, rowIndex({ chunk, row: at }), cancelled);
     });
-    await storage.put(partKey(tenant, batchId, chunk), encodePart(rows));
-    await index.writeSegment({
-      tenant,
-      batchId,
-      chunk,
-      round: batch.round,
-      entries: rows.flatMap((row, at) => {
-        const entry = entryOf(batch, row, at, endpointOf);
-        // What is kept stands in the segment of the round that found it.
-        return states[at] === 'k' || entry === undefined ? [] : [entry];
-      }),
-    });
+    await storage.put(key, encodePart(rows));
+    // What is kept was counted, and stands in the segment of the round that found it.
     const fresh = rows.filter((_, at) => states[at] !== 'k');
-    const tally = Object.fromEntries(
-      tallied.map((counter) => [
-        counter,
-        fresh.filter((row) =>
-          counter === 'uncertain'
-            ? row.uncertain === true
-            : row.verdict === counter && row.state === 'completed',
-        ).length,
-      ]),
-    );
-    const key = partKey(tenant, batchId, chunk);
-    await batches.close(ref, { chunk, jobIds, tally, event: { chunk, rows: rows.length, key } });
+    const endpointOf = endpoints(await sources.matcher(tenant));
+    const entries = fresh.flatMap((row) => entryOf(batch, row, endpointOf) ?? []);
+    await index.writeSegment({ tenant, batchId, chunk, round: batch.round, entries });
     if (manifest.some(({ audio }) => 'url' in audio)) await deleteFetched(tenant, batchId, chunk);
+    const { round } = batch;
+    const event = { chunk, rows: rows.length, key };
+    await batches.close(ref, { chunk, round, states, jobIds, tally: tallyOf(fresh), event });
+  }
+
+  /** Of a batch that is no more. */
+  async function forgetChunk(ref: BatchRef, chunk: number): Promise<void> {
+    await batches.close(ref, { chunk, round: 0, states: '', jobIds: [], tally: {}, event: {} });
   }
 
   /** The fetched audio of a chunk; what explains its results stays. */
@@ -110,13 +101,14 @@ export function createParts({ redis, storage, records, batches, index, sources, 
 
   /** A batch that has ended is written where it outlives Redis. */
   async function save(tenant: string, batchId: string): Promise<void> {
-    const batch = await batches.get({ tenant, id: batchId });
-    if (batch && isEnded(batch.state)) {
+    const ref = { tenant, id: batchId };
+    const batch = await batches.get(ref);
+    if (batch?.endedAt !== undefined) {
       const model = await knownModel(redis, batch.modelDigest);
       if (model) await storage.put(modelKey(tenant, batchId), Buffer.from(JSON.stringify(model)));
       await storage.put(batchKey(tenant, batchId), Buffer.from(JSON.stringify(batch)));
     }
-    await batches.saved({ tenant, id: batchId });
+    await batches.saved(ref, { endedAt: batch?.endedAt ?? 0 });
   }
 
   const houses = new Map<string, House>();
@@ -142,17 +134,26 @@ export function createParts({ redis, storage, records, batches, index, sources, 
   return { close, save, readPart };
 }
 
-function entryOf(
-  batch: BatchRecord,
-  row: PartRow,
-  at: number,
-  endpointOf: EndpointOf,
-): AnswerEntry | undefined {
+function entryOf(batch: BatchRecord, row: PartRow, endpointOf: EndpointOf): AnswerEntry | undefined {
   const { ref, revision, finishedAt } = row;
   if (row.state === 'cancelled') return undefined;
   const keys = row.state === 'completed' ? answerKeysOf(batch, row, endpointOf) : [];
   if (ref === undefined && keys.length === 0) return undefined;
+  const at = row.row % chunkRows;
   return { row: at, revision, finishedAt, keys, ...(ref === undefined ? {} : { ref }) };
+}
+
+function tallyOf(rows: readonly PartRow[]): Record<string, number> {
+  const count = (holds: (row: PartRow) => boolean) => rows.filter(holds).length;
+  return {
+    uncertain: count((row) => row.uncertain === true),
+    ...Object.fromEntries(
+      judgements.map((verdict) => [
+        verdict,
+        count((row) => row.state === 'completed' && row.verdict === verdict),
+      ]),
+    ),
+  };
 }
 
 /**

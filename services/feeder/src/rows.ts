@@ -9,7 +9,7 @@ import type { BatchRecord, PartRow } from '@acousticsense/shared/batch';
 import { rowJobId } from '@acousticsense/shared/batch-records';
 import { InfrastructureFault, ProblemError } from '@acousticsense/shared/errors';
 import type { JobRecord } from '@acousticsense/shared/job';
-import { firstState, type NewJobRecord, rowIndex } from '@acousticsense/shared/job-records';
+import { firstGeneration, firstState, type NewJobRecord, rowIndex } from '@acousticsense/shared/job-records';
 import type { ManifestRow } from '@acousticsense/shared/manifest';
 import { batchPrefix, timelineKey } from '@acousticsense/shared/object-keys';
 import type { BatchRow } from '@acousticsense/shared/pipeline';
@@ -27,7 +27,7 @@ export interface RowsDeps {
   readonly index: Pick<AnswerIndex, 'refresh' | 'find'>;
   readonly parts: Pick<Parts, 'readPart'>;
   readonly log: Logger;
-  /** Requests to source buckets at a time. */
+  /** Requests to source buckets at a time, for each tenant: whose bucket hangs keeps nobody else waiting. */
   readonly heads: number;
 }
 
@@ -52,6 +52,14 @@ const indexAgeMs = 5_000;
 
 export function createRows({ storage, sources, reader, index, parts, log, heads }: RowsDeps) {
   const readPart = rememberLast(parts.readPart, 8);
+  const gates = new Map<string, Gate>();
+
+  function gateOf(tenant: string): Gate {
+    for (const [other, gate] of gates) if (gate.idle) gates.delete(other);
+    const gate = gates.get(tenant) ?? createGate(heads);
+    gates.set(tenant, gate);
+    return gate;
+  }
 
   /** @returns a job for each row, in their order. */
   async function prepare(
@@ -60,7 +68,8 @@ export function createRows({ storage, sources, reader, index, parts, log, heads 
     signal: AbortSignal,
   ): Promise<NewJobRecord[]> {
     const matcher = await sources.matcher(batch.tenant);
-    const located = await inParallel(rows, heads, (row) => locate(batch, row, matcher, signal));
+    const gate = gateOf(batch.tenant);
+    const located = await Promise.all(rows.map((row) => locate(batch, row, matcher, gate, signal)));
     const known = await knownAnswers(batch, located, matcher);
     return Promise.all(located.map((row, at) => jobOf(batch, row, known[at])));
   }
@@ -74,13 +83,16 @@ export function createRows({ storage, sources, reader, index, parts, log, heads 
     batch: BatchRecord,
     row: ChunkRow,
     matcher: SourceMatcher,
+    gate: Gate,
     signal: AbortSignal,
   ): Promise<Located> {
     const { audio } = row.manifest;
     if ('url' in audio) return { ...row, audio: { url: audio.url, filename: lastOf(audio.url) } };
     try {
-      if ('upload' in audio)
-        return { ...row, audio: await findUpload(storage, batch.tenant, audio.upload, signal) };
+      if ('upload' in audio) {
+        const find = () => findUpload(storage, batch.tenant, audio.upload, signal);
+        return { ...row, audio: await gate.pass(find) };
+      }
       const { bucket, key, etag, versionId } = audio.s3;
       const place = { source: audio.s3, filename: lastOf(key) };
       const source = matcher(bucket, key);
@@ -92,15 +104,23 @@ export function createRows({ storage, sources, reader, index, parts, log, heads 
         return { ...row, audio: place, problem };
       }
       if (etag !== undefined || versionId !== undefined) return { ...row, audio: place };
-      const facts = await reader.head(source, key, undefined, signal);
-      const { etag: found, size } = facts;
+      const { etag: found, size } = await gate.pass(() => reader.head(source, key, undefined, signal));
       return { ...row, audio: { ...place, source: { bucket, key, etag: found, size } } };
     } catch (error) {
-      if (!(error instanceof ProblemError)) throw error;
       const place: JobRecord['audio'] =
         's3' in audio
           ? { source: audio.s3, filename: lastOf(audio.s3.key) }
           : { key: '', size: 0, filename: audio.upload };
+      if (error instanceof InfrastructureFault || signal.aborted) throw error;
+      if (!(error instanceof ProblemError)) {
+        // A fault of ours in one row must not keep the batch from its end.
+        log.error(
+          { err: error, batchId: batch.id, chunk: row.chunk, row: row.row },
+          'row cannot be prepared',
+        );
+        const message = 'The row could not be prepared, by a fault on our side; it can be tried again.';
+        return { ...row, audio: place, problem: new ProblemError('internal_error', message, {}, error) };
+      }
       return laterCodes.has(error.code) ? { ...row, audio: place } : { ...row, audio: place, problem: error };
     }
   }
@@ -159,7 +179,7 @@ export function createRows({ storage, sources, reader, index, parts, log, heads 
     const base: NewJobRecord = {
       ...place,
       // Of a retry: under another generation its queue jobs have ids of their own.
-      generation: batch.round + 1,
+      generation: firstGeneration(batch.round),
       createdAt: Date.now(),
       traceparent: `00-${randomBytes(16).toString('hex')}-${randomBytes(8).toString('hex')}-01`,
       modelDigest: batch.modelDigest,
@@ -221,21 +241,32 @@ const lastOf = (path: string): string => {
   return [...name].slice(0, 255).join('') || 'unnamed';
 };
 
-async function inParallel<In, Out>(
-  items: readonly In[],
-  limit: number,
-  work: (item: In) => Promise<Out>,
-): Promise<Out[]> {
-  const results = new Array<Out>(items.length);
-  let next = 0;
-  const worker = async () => {
-    while (next < items.length) {
-      const at = next++;
-      results[at] = await work(items[at]!);
-    }
+/** So many at a time; who comes first goes first. */
+interface Gate {
+  pass<T>(work: () => Promise<T>): Promise<T>;
+  readonly idle: boolean;
+}
+
+function createGate(most: number): Gate {
+  const queue: (() => void)[] = [];
+  let inside = 0;
+  return {
+    async pass(work) {
+      if (inside >= most) await new Promise<void>((enter) => queue.push(enter));
+      else inside += 1;
+      try {
+        return await work();
+      } finally {
+        // Whoever waits takes the place over.
+        const next = queue.shift();
+        if (next) next();
+        else inside -= 1;
+      }
+    },
+    get idle() {
+      return inside === 0;
+    },
   };
-  await Promise.all(Array.from({ length: Math.min(limit, items.length) }, worker));
-  return results;
 }
 
 /** Rows of one chunk mostly come from one old part: it is read once. */

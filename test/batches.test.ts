@@ -257,7 +257,8 @@ describe('a batch', () => {
     assert.ok(again.revision > first.revision);
     const [same, late] = await rowsOf(first.id);
     assert.deepEqual(same, kept);
-    assert.deepEqual([late?.state, late?.generation], ['completed', 2]);
+    assert.equal(late?.state, 'completed');
+    assert.ok((late?.generation ?? 0) > 1, 'its queue jobs have ids of their own');
   });
 
   test('compares what is declared with what is heard, in the words of the house', async () => {

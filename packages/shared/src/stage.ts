@@ -20,6 +20,7 @@ import {
   anyOpenState,
   type CommitResult,
   changesChannel,
+  firstState,
   type JobRef,
   parseJobChange,
 } from './job-records.ts';
@@ -189,7 +190,9 @@ export function runStage(runner: StageRunner): void {
           { reason: error instanceof Error ? error.message : undefined },
           'given up: cancelled or overtaken',
         );
-        await cleanUp(ref);
+        // A cancelled row's record may be gone with its chunk already: what this worker wrote is nobody's result.
+        if (controller.signal.reason === cancelled) await deletePrefix(storage, jobPrefix(record));
+        else await cleanUp(ref);
         return { outcome: 'cancelled', code: 'none' };
       }
       if (error instanceof ProblemError && !error.retryable && !service.closing.aborted) {
@@ -225,15 +228,17 @@ export function runStage(runner: StageRunner): void {
           );
         }
         log.warn({ reason }, 'tensor gone: back to decode');
+        // Of a repeated run the audio itself may never have been here.
+        const to = firstState(record.audio);
         const result = await records.commit(ref, {
           from: [begins.to],
-          to: 'queued',
+          to,
           raiseGeneration: true,
           clear: ['decoded'],
           add: { redecodes: 1 },
         });
         if (result.outcome !== 'committed') throw new CommitRefused(result);
-        await queues.add('decode', { ...record, generation: result.generation });
+        await queues.add(stageOf(to)!, { ...record, generation: result.generation });
       },
       async recordCrash() {
         const result = await records.commit(ref, { from: [begins.to], to: begins.to, add: { crashes: 1 } });

@@ -5,7 +5,13 @@ import { answerKey, identityOf } from '@acousticsense/shared/answer-key';
 import { type BatchRecord, decodePart, encodePart, type PartRow } from '@acousticsense/shared/batch';
 import { type BatchRecords, type BatchRef, rowJobId } from '@acousticsense/shared/batch-records';
 import { answeredRow, judgedRow, unfedRow } from '@acousticsense/shared/ended-row';
-import { createHouse, type House, mappingSchema, ownNames } from '@acousticsense/shared/house-genres';
+import {
+  createHouse,
+  type House,
+  mappingSchema,
+  ownNames,
+  verdicts,
+} from '@acousticsense/shared/house-genres';
 import type { Selection, SourceObject } from '@acousticsense/shared/job';
 import { type JobRecords, rowIndex } from '@acousticsense/shared/job-records';
 import { chunkRows, decodeChunk, type ManifestRow } from '@acousticsense/shared/manifest';
@@ -35,8 +41,6 @@ export interface PartsDeps {
 }
 
 export type Parts = ReturnType<typeof createParts>;
-
-const judgements = ['agree', 'disagree', 'undeclared', 'unknown_genre'] as const;
 
 export function createParts({ redis, storage, records, batches, index, sources, log }: PartsDeps) {
   /**
@@ -144,16 +148,12 @@ function entryOf(batch: BatchRecord, row: PartRow, endpointOf: EndpointOf): Answ
 }
 
 function tallyOf(rows: readonly PartRow[]): Record<string, number> {
-  const count = (holds: (row: PartRow) => boolean) => rows.filter(holds).length;
-  return {
-    uncertain: count((row) => row.uncertain === true),
-    ...Object.fromEntries(
-      judgements.map((verdict) => [
-        verdict,
-        count((row) => row.state === 'completed' && row.verdict === verdict),
-      ]),
-    ),
-  };
+  return Object.fromEntries(
+    verdicts.map((verdict) => [
+      verdict,
+      rows.filter((row) => row.state === 'completed' && row.verdict === verdict).length,
+    ]),
+  );
 }
 
 /**

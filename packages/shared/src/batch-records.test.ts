@@ -501,6 +501,21 @@ describe('the batches', () => {
   });
 
   describe('a row', () => {
+    test("is none of the tenant's open jobs, of which there may be only so many", async () => {
+      const ref = await running([small]);
+      await batches.open(ref, { chunk: 0 });
+      const before = await records.countOpen(tenant);
+      await feed(ref, 0, 0);
+      assert.equal(await records.countOpen(tenant), before);
+      const upload = acceptedJob({ tenant });
+      await records.create(upload);
+      assert.equal(await records.countOpen(tenant), before + 1);
+      const step = { from: anyOpenState, to: 'cancelled' } as const;
+      await records.commit({ tenant, jobId: upload.id, generation: 1 }, step);
+      await end(ref, 0, 0);
+      assert.equal(await records.countOpen(tenant), before);
+    });
+
     test('is fed once, and moves the counters with every end', async () => {
       const ref = await running([small]);
       await batches.open(ref, { chunk: 0 });

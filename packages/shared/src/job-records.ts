@@ -104,6 +104,7 @@ export interface JobRecords {
   remove(tenant: string, jobId: string): Promise<void>;
   /** Open jobs whose record has not changed since `before` (epoch ms), oldest first. */
   openSince(tenant: string, before: number, limit: number, offset?: number): Promise<string[]>;
+  /** Jobs that have not finished; rows of batches are bounded otherwise, and not counted. */
   countOpen(tenant: string): Promise<number>;
   /**
    * The oldest finished jobs (no rows of batches) beyond the `kept` newest, at most `limit`; what has expired is
@@ -321,7 +322,19 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
       return excess <= 0 ? [] : withRedis(() => redis.zrange(key, 0, String(Math.min(excess, limit) - 1)));
     },
 
-    countOpen: (tenant) => withRedis(() => redis.zcard(keys.open(tenant))),
+    async countOpen(tenant) {
+      const [all, batches] = await withRedis(() =>
+        Promise.all([redis.zcard(keys.open(tenant)), redis.smembers(keys.activeBatches(tenant))]),
+      );
+      const rows = await withRedis(() =>
+        Promise.all(batches.map((id) => redis.hget(keys.batch(tenant, id), 'open'))),
+      );
+      // Read one after another: a row may end in between.
+      return Math.max(
+        0,
+        rows.reduce((left, open) => left - Number(open ?? 0), all),
+      );
+    },
 
     tenants: () => withRedis(() => redis.smembers(keys.tenants)),
   };

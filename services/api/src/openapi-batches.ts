@@ -14,11 +14,15 @@ const name = {
 };
 
 /** Every option as a query parameter. */
-function queryOf(schema: z.ZodObject): Record<string, unknown>[] {
-  const { properties = {} } = z.toJSONSchema(schema, { io: 'input', unrepresentable: 'any' });
+export function queryOf(schema: z.ZodObject): Record<string, unknown>[] {
+  const { properties = {}, required = [] } = z.toJSONSchema(schema, { io: 'input', unrepresentable: 'any' });
   return Object.entries(properties).map(([field, of]) => {
     const { description, ...rest } = of as { description?: string };
-    return { name: field, in: 'query', ...(description ? { description } : {}), schema: rest };
+    const more = {
+      ...(description ? { description } : {}),
+      ...(required.includes(field) ? { required: true } : {}),
+    };
+    return { name: field, in: 'query', ...more, schema: rest };
   });
 }
 

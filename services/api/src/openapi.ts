@@ -3,6 +3,15 @@ import { explanationSchema, vectorsSchema } from '@acousticsense/shared/job';
 import { sourceDefinitionSchema, sourceSchema } from '@acousticsense/shared/sources';
 import { z } from 'zod';
 import { batchPaths } from './openapi-batches.ts';
+import { resultPaths } from './openapi-results.ts';
+import {
+  auditSchema,
+  diffRowSchema,
+  diffSummarySchema,
+  latestResultSchema,
+  resultRowSchema,
+  rowTimelineSchema,
+} from './result-schemas.ts';
 import {
   batchListSchema,
   batchSchema,
@@ -284,6 +293,7 @@ function describeApi() {
         },
       },
       ...batchPaths(json, problem, idempotencyKey),
+      ...resultPaths(json, problem),
       '/v1/sources': {
         get: {
           operationId: 'listSources',
@@ -370,6 +380,12 @@ function describeApi() {
         UploadCompletion: schemaOf(uploadCompletionSchema, 'input'),
         Batch: schemaOf(batchSchema),
         BatchList: schemaOf(batchListSchema),
+        ResultRow: schemaOf(resultRowSchema),
+        RowTimeline: schemaOf(rowTimelineSchema),
+        LatestResult: schemaOf(latestResultSchema),
+        DiffRow: schemaOf(diffRowSchema),
+        DiffSummary: schemaOf(diffSummarySchema),
+        Audit: schemaOf(auditSchema),
         Mapping: schemaOf(namedMappingSchema),
         MappingList: schemaOf(mappingListSchema),
         Model: schemaOf(modelSchema),

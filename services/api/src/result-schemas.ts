@@ -24,8 +24,12 @@ export type View = z.infer<typeof viewSchema>;
 
 const rowNumber = number(z.number().int().min(0)).optional();
 export const resultsQuerySchema = viewSchema.extend({
-  state: choice(partRowSchema.shape.state.options).optional().describe('only rows that ended so'),
-  verdict: choice(verdicts).optional().describe('only rows of these verdicts'),
+  state: choice(partRowSchema.shape.state.options)
+    .optional()
+    .describe('only rows that ended so: completed, failed, cancelled, with commas between'),
+  verdict: choice(verdicts)
+    .optional()
+    .describe(`only rows of these verdicts: ${verdicts.join(', ')}, with commas between`),
   from: rowNumber.describe('only from this row on; rows are counted from 0'),
   to: rowNumber.describe('only the rows before this one'),
 });

@@ -24,7 +24,7 @@ export interface ResultsDeps {
   readonly redis: Redis;
   readonly storage: Pick<Storage, 'read'>;
   readonly records: Pick<JobRecords, 'getMany'>;
-  readonly batches: Pick<BatchRecords, 'get' | 'active' | 'openChunks' | 'deletedAt'>;
+  readonly batches: Pick<BatchRecords, 'getMany' | 'active' | 'openChunks'>;
   readonly stored: StoredBatches;
   readonly rows: BatchRows;
   readonly index: Pick<AnswerIndex, 'refresh' | 'findRef'>;
@@ -216,7 +216,7 @@ export function createResults(deps: ResultsDeps) {
   /** Batches that have not ended, newest first. */
   async function activeBatches(tenant: string): Promise<BatchRecord[]> {
     const ids = await batches.active(tenant);
-    const found = await Promise.all(ids.map((id) => batches.get({ tenant, id })));
+    const found = await batches.getMany(ids.map((id) => ({ tenant, id })));
     return found.filter((batch) => batch !== undefined).sort((a, b) => (a.id < b.id ? 1 : -1));
   }
 

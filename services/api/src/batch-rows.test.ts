@@ -232,6 +232,24 @@ describe('a chunk that is closed between a look and the next', () => {
     await assert.rejects(read(catalogue, now), InfrastructureFault);
   });
 
+  test('is not read for somebody who has gone', async () => {
+    const { batches, records, stored } = catalogue;
+    const batch = await catalogue.finish(await catalogue.batch(tracks(3_500)), () => jazz);
+    const signals: AbortSignal[] = [];
+    const storage: typeof catalogue.storage = {
+      ...catalogue.storage,
+      read: (key, signal, options) => {
+        signals.push(signal!);
+        return catalogue.storage.read(key, signal, options);
+      },
+    };
+    const rows = createBatchRows({ batches, records, stored, storage }).ended(batch, {}, never);
+    assert.equal((await rows.next()).value?.length, 100);
+    await rows.return(undefined);
+    assert.equal(signals.length, 3, 'one chunk that is told, two ahead');
+    assert.ok(signals.every(({ aborted }) => aborted));
+  });
+
   test('stops being read when nobody reads on', async () => {
     const batch = await ended([jazz, jazz, jazz]);
     const stop = new AbortController();

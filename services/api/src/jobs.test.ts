@@ -74,6 +74,9 @@ async function acceptJobs(
     ...{ redis, storage, log, maxUploadBytes: 1_000, charge: async () => {} },
     ...{ uploadExpiryMs: 60_000, audioRetentionMs: 60_000, uploadUrlMs: 60_000 },
   });
+  const uploadedRefs = createUploadedRefs({
+    ...{ redis, batches: createBatchRecords(redis, retention), retention },
+  });
   const jobs = createJobs({
     redis,
     storage,
@@ -82,9 +85,7 @@ async function acceptJobs(
     changes: createChanges(subscriber, records),
     log,
     uploads,
-    uploadedRefs: createUploadedRefs({
-      ...{ redis, batches: createBatchRecords(redis, retention), retention },
-    }),
+    uploadedRefs,
     limits: createLimits({
       ...{ redis, records, tenants: createTenants(redis), maxOpenJobs: 10 },
       ...{ requestsPerMinute: 0, rowsPerDay: 0, bytesPerDay: 0 },
@@ -129,7 +130,7 @@ async function acceptJobs(
     return last!;
   }
   const stored = async () => (await Array.fromAsync(storage.list('jobs/'))).map(({ key }) => key);
-  return { jobs, records, storage, send, sendJson, stored };
+  return { jobs, records, uploadedRefs, storage, send, sendJson, stored };
 }
 
 test('a job whose record is committed is accepted, even if Redis is lost before it is queued', async (t) => {
@@ -207,6 +208,29 @@ test('a model that can explain is asked to', async (t) => {
   await using server = await startRedis();
   const { send } = await acceptJobs(t, server, { ...oldDescription, explains: true });
   assert.deepEqual((await send({ explain: 'true' })).extras, { explain: true, vectors: false });
+});
+
+test('a job under a ref takes a revision and is found by the ref; one without takes none', async (t) => {
+  await using server = await startRedis();
+  const { records, uploadedRefs, send } = await acceptJobs(t, server, oldDescription);
+  const first = await send({ ref: 'ISRC-1' });
+  const second = await send({ ref: 'ISRC-1' });
+  const none = await send();
+  const stored = await Promise.all([first, second, none].map(({ id }) => records.get('acme', id)));
+  assert.deepEqual(
+    stored.map((record) => [record?.ref, record?.revision]),
+    [
+      ['ISRC-1', 1],
+      ['ISRC-1', 2],
+      [undefined, undefined],
+    ],
+  );
+  assert.deepEqual(await uploadedRefs.jobsOf('acme', 'ISRC-1'), [second.id, first.id]);
+  assert.deepEqual(await uploadedRefs.jobsOf('other', 'ISRC-1'), []);
+  for (let n = 0; n < 4; n += 1) await send({ ref: 'ISRC-1' });
+  assert.equal((await uploadedRefs.jobsOf('acme', 'ISRC-1')).length, 4, 'the newest alone are kept');
+  for (const ref of ['x'.repeat(257), 'a\nb'])
+    await assert.rejects(send({ ref }), (error) => (error as ProblemError).details.field === 'ref');
 });
 
 test('deleting a finished job deletes all that was stored beside its result', async (t) => {

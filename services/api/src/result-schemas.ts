@@ -4,7 +4,7 @@ import { verdicts } from '@acousticsense/shared/house-genres';
 import { jobRecordSchema } from '@acousticsense/shared/job';
 import { jobStates } from '@acousticsense/shared/pipeline';
 import { z } from 'zod';
-import { flag, jobSchema, number } from './schemas.ts';
+import { flag, jobSchema, number, refSchema } from './schemas.ts';
 
 const choice = <const T extends readonly string[]>(values: T) =>
   z
@@ -42,7 +42,7 @@ export const csvQuerySchema = resultsQuerySchema.extend({
 });
 
 export const refQuerySchema = viewSchema.extend({
-  ref: z.string().min(1, 'must be there').max(256).describe("the caller's own name for the track"),
+  ref: refSchema.describe("the caller's own name for the track"),
 });
 
 const batchId = z.string().regex(/^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/, 'must be the id of a batch');

@@ -55,13 +55,16 @@ const analysisOptionsSchema = z.strictObject({
     .describe('keep the logits and the embedding, for `links.vectors`'),
 });
 
+/** As the `ref` of a manifest's row. */
+export const refSchema = z
+  .string()
+  .min(1)
+  .max(256)
+  .regex(/^\P{Cc}*$/u, 'must hold no line break or other control character');
+
 /** Form fields beside the file. */
 export const jobOptionsSchema = analysisOptionsSchema.extend({
-  ref: z
-    .string()
-    .trim()
-    .min(1)
-    .max(256)
+  ref: refSchema
     .optional()
     .describe("the caller's own name for the track: /v1/results?ref= finds its latest result"),
 });
@@ -165,7 +168,7 @@ export const jobRequestSchema = z.strictObject({
   duration: z.number().positive().max(1e6).optional(),
   explain: z.boolean().default(false),
   vectors: z.boolean().default(false),
-  ref: z.string().trim().min(1).max(256).optional().describe("the caller's own name for the track"),
+  ref: refSchema.optional().describe("the caller's own name for the track"),
 });
 
 const guess = z.strictObject({ label: z.string(), confidence: z.number().min(0).max(1) });

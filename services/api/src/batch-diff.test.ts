@@ -43,7 +43,7 @@ async function run(
 const repeats = ({ id }: { id: string }) => ({ origin: { kind: 'rerun', of: id } }) as const;
 
 async function diffOf(from: { id: string }, to: { id: string }, query = '') {
-  const at = `/v1/batches/${from.id}/diff?with=${to.id}${query}`;
+  const at = `/v1/batches/${to.id}/diff?with=${from.id}${query}`;
   const lines = (await catalogue.get(at)).lines().map((line) => diffRowSchema.parse(line));
   const summary = diffSummarySchema.parse((await catalogue.get(`${at}&summary=true`)).json());
   return { lines, summary };

@@ -86,14 +86,14 @@ export function createResultRoutes({ results, diff, tenantOf, closing }: ResultR
   });
 
   router.get('/v1/batches/:id/diff', async (request, response) => {
-    const { with: other, summary, threshold } = parseOptions(diffQuerySchema, request.query);
+    const { with: earlier, summary, threshold } = parseOptions(diffQuerySchema, request.query);
     const tenant = tenantOf(response);
-    const from = await results.open(tenant, request.params.id, { threshold });
-    const to = await results.open(tenant, other, { threshold });
+    const to = await results.open(tenant, request.params.id, { threshold });
+    const from = await results.open(tenant, earlier, { threshold });
     response.setTimeout(scanMs);
     if (summary) noStore(response).json(await diff.summary(from, to, until(response)));
     else
-      await send(request, response, from, 'diff.jsonl', async function* (signal) {
+      await send(request, response, to, 'diff.jsonl', async function* (signal) {
         for await (const rows of diff.changes(from, to, signal)) yield jsonLines(rows);
       });
   });

@@ -47,7 +47,7 @@ export const refQuerySchema = viewSchema.extend({
 
 const batchId = z.string().regex(/^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/, 'must be the id of a batch');
 export const diffQuerySchema = z.strictObject({
-  with: batchId.describe('the other batch'),
+  with: batchId.describe('the batch to compare with, as a rule the earlier one'),
   threshold: viewSchema.shape.threshold.describe("for both; each batch's own when absent"),
   summary: flag.transform((text) => text === 'true').describe('figures instead of rows'),
 });
@@ -129,8 +129,8 @@ export const diffRowSchema = z.strictObject({
   ref: z.string().optional(),
   audio: z.string(),
   changed: z.array(z.enum(['state', 'label', 'house'])).min(1),
-  from: side.describe('in the batch of the address'),
-  to: side.describe('in the batch that `with` names'),
+  from: side.describe('in the batch that `with` names'),
+  to: side.describe('in the batch of the address'),
 });
 export type DiffRow = z.infer<typeof diffRowSchema>;
 

@@ -70,17 +70,18 @@ export async function startService(
   const checks = new Map<string, { check: () => Promise<void>; trustMs: number; passedAt: number }>();
   const abort = new AbortController();
   let draining = false;
-  let lastCheck = { at: 0, result: undefined as Promise<Record<string, string>> | undefined };
+  /** Times on the clock that never jumps: one set back must not make old news last. */
+  let lastCheck = { at: -Infinity, result: undefined as Promise<Record<string, string>> | undefined };
 
   async function runChecks(): Promise<Record<string, string>> {
     const reasons: Record<string, string> = {};
     if (draining) reasons['service'] = 'shutting down';
     await Promise.all(
       [...checks].map(async ([part, known]) => {
-        if (Date.now() - known.passedAt < known.trustMs) return;
+        if (performance.now() - known.passedAt < known.trustMs) return;
         try {
           await withTimeout(known.check(), checkTimeoutMs);
-          known.passedAt = Date.now();
+          known.passedAt = performance.now();
         } catch (error) {
           // Not something that passes: what the service was pointed at can never serve it.
           if (error instanceof StartupError) refuse(log, error);
@@ -97,16 +98,16 @@ export async function startService(
     registry,
     closing: abort.signal,
     onClose: (what, close) => closers.push({ what, close }),
-    addCheck: (part, check, trustMs = 0) => checks.set(part, { check, trustMs, passedAt: 0 }),
+    addCheck: (part, check, trustMs = 0) => checks.set(part, { check, trustMs, passedAt: -Infinity }),
     notReady() {
-      if (lastCheck.result === undefined || Date.now() - lastCheck.at > checkEveryMs) {
-        lastCheck = { at: Date.now(), result: runChecks() };
+      if (lastCheck.result === undefined || performance.now() - lastCheck.at > checkEveryMs) {
+        lastCheck = { at: performance.now(), result: runChecks() };
       }
       return lastCheck.result!;
     },
     distrust() {
-      for (const known of checks.values()) known.passedAt = 0;
-      lastCheck.at = 0;
+      for (const known of checks.values()) known.passedAt = -Infinity;
+      lastCheck.at = -Infinity;
     },
     async handleHealth(request, response) {
       const path = request.url?.split('?')[0];

@@ -142,7 +142,7 @@ export function announceWorker(
       ...more,
     };
     if (description) await redis.set(modelKey(description.digest), JSON.stringify(description));
-    await redis.hset(workersKey, field, JSON.stringify({ ...announcement, seen: Date.now() }));
+    await redis.hset(workersKey, field, JSON.stringify({ ...announcement, seen: await timeOf(redis) }));
     told = true;
     return true;
   };
@@ -164,10 +164,15 @@ export function announceWorker(
   });
 }
 
+/** Epoch milliseconds by the one clock that all who announce and all who ask share: their own may differ, or jump. */
+async function timeOf(redis: Redis): Promise<number> {
+  const [seconds, microseconds] = (await redis.time()).map(Number) as [number, number];
+  return seconds * 1_000 + Math.floor(microseconds / 1_000);
+}
+
 /** Every worker that was heard of within the last seconds; forgets those silent for an hour. */
 export async function liveWorkers(redis: Redis): Promise<Announcement[]> {
-  const all = await withRedis(() => redis.hgetall(workersKey));
-  const now = Date.now();
+  const [all, now] = await withRedis(() => Promise.all([redis.hgetall(workersKey), timeOf(redis)]));
   const live: Announcement[] = [];
   for (const [field, json] of Object.entries(all)) {
     const { seen, ...announcement } = JSON.parse(json) as Announcement & { seen: number };

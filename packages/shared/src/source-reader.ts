@@ -273,7 +273,7 @@ export function createSourceReader({ guard, secrets, registry, limits }: SourceR
   /** @throws {ProblemError} source_unavailable, at once: the source gave no answer a moment ago. */
   function callable(source: Source, what: string): Line {
     const line = lineOf(source);
-    const restSeconds = Math.ceil((line.silentUntil - Date.now()) / 1_000);
+    const restSeconds = Math.ceil((line.silentUntil - performance.now()) / 1_000);
     if (line.silences < maxSilences || restSeconds <= 0) return line;
     throw unavailable(source, `${what}: it has not answered for some time`, undefined, restSeconds);
   }
@@ -281,7 +281,7 @@ export function createSourceReader({ guard, secrets, registry, limits }: SourceR
   /** Of a source that answers anything the silences are reset, so this counts those that said nothing at all. */
   function noteSilence(line: Line): void {
     line.silences += 1;
-    line.silentUntil = Date.now() + restMs;
+    line.silentUntil = performance.now() + restMs;
   }
 
   async function head(

@@ -16,7 +16,11 @@ import {
   type StoredObject,
 } from './storage.ts';
 
-/** Unfinished writes; on the same file system, so that the rename is atomic. Never listed. */
+/**
+ * Unfinished writes; on the same file system, so that the rename is atomic. Never listed. Made once, at the first use:
+ * from then on it also tells a storage from the empty place that is left when a disk is not mounted any more. Without
+ * that every object would seem to be deleted, and what is written would come to lie beneath the disk.
+ */
 const partsDirectory = '.parts';
 
 export function createFileStorage(url: URL): Storage {
@@ -25,6 +29,47 @@ export function createFileStorage(url: URL): Storage {
   const root = path.resolve(fileURLToPath(url));
   const parts = path.join(root, partsDirectory);
   void clearOldParts(parts).catch(() => {});
+
+  let isMade = false;
+  async function makeOnce(): Promise<void> {
+    if (isMade) return;
+    await mkdir(parts, { recursive: true });
+    isMade = true;
+  }
+
+  /** Of what was not found. @throws {InfrastructureFault} the whole storage is not there. */
+  async function checkThere(): Promise<void> {
+    if (isMade && !(await isThere(parts)))
+      throw new InfrastructureFault('storage', `The storage directory ${root} is not there.`);
+  }
+
+  /** With its parents, but not the storage's own directory. */
+  async function makeFolder(folder: string): Promise<void> {
+    if (folder === root) return;
+    const make = () =>
+      mkdir(folder).catch((error) => {
+        if (error.code !== 'EEXIST') throw error;
+      });
+    try {
+      await make();
+    } catch (error) {
+      if (!isAbsent(error)) throw error;
+      await makeFolder(path.dirname(folder));
+      await make();
+    }
+  }
+
+  /** A concurrent delete may remove the directory between mkdir and rename: then once more. */
+  async function renameInto(part: string, file: string): Promise<void> {
+    for (let attempt = 1; ; attempt += 1) {
+      await makeFolder(path.dirname(file));
+      try {
+        return await rename(part, file);
+      } catch (error) {
+        if (!isAbsent(error) || attempt === 10) throw error;
+      }
+    }
+  }
 
   function fileOf(key: string): string {
     const segments = key.split('/');
@@ -45,7 +90,7 @@ export function createFileStorage(url: URL): Storage {
     if (body instanceof Readable) body.on('error', () => {});
     const part = path.join(parts, randomUUID());
     try {
-      await onDisk(() => mkdir(parts, { recursive: true }));
+      await onDisk(makeOnce);
       const source = body instanceof Uint8Array ? Readable.from([body]) : body;
       await pipeline(source, createWriteStream(part), { signal });
       return await onDisk(async () => {
@@ -59,6 +104,7 @@ export function createFileStorage(url: URL): Storage {
       });
     } catch (error) {
       await rm(part, { force: true });
+      if (isAbsent(error)) await onDisk(checkThere);
       throw normalise(error);
     }
   }
@@ -67,8 +113,10 @@ export function createFileStorage(url: URL): Storage {
     checkRange(options);
     const file = fileOf(key);
     return onDisk(async () => {
-      const handle = await open(file).catch((error) => {
-        throw isAbsent(error) ? new ObjectNotFound(key) : error;
+      const handle = await open(file).catch(async (error) => {
+        if (!isAbsent(error)) throw error;
+        await checkThere();
+        throw new ObjectNotFound(key);
       });
       try {
         // Of the opened file, not of the name: what is put meanwhile under the name is another file.
@@ -97,9 +145,10 @@ export function createFileStorage(url: URL): Storage {
       const found = [];
       for await (const entry of await opendir(path.join(root, directory))) found.push(entry);
       return found;
-    }).catch((error) => {
-      if (isAbsent(error)) return [];
-      throw error;
+    }).catch(async (error) => {
+      if (!isAbsent(error)) throw error;
+      await onDisk(checkThere);
+      return [];
     });
     for (const entry of entries) {
       const key = directory + entry.name;
@@ -119,14 +168,20 @@ export function createFileStorage(url: URL): Storage {
       const stats = await onDisk(() => stat(file, { bigint: true }));
       return { key, size: Number(stats.size), lastModified: stats.mtime, etag: etagOf(stats) };
     } catch (error) {
-      if (isAbsent(error)) return undefined;
-      throw error;
+      if (!isAbsent(error)) throw error;
+      await onDisk(checkThere);
+      return undefined;
     }
   }
 
   async function remove(key: string): Promise<void> {
     const file = fileOf(key);
-    await onDisk(() => rm(file, { force: true }));
+    await onDisk(() =>
+      rm(file).catch((error) => {
+        if (!isAbsent(error)) throw error;
+        return checkThere();
+      }),
+    );
     // Empty directories would pile up, one a job; a directory in use again is no error.
     for (
       let folder = path.dirname(file);
@@ -181,17 +236,14 @@ async function clearOldParts(parts: string): Promise<void> {
   }
 }
 
-/** A concurrent delete may remove the directory between mkdir and rename: then once more. */
-async function renameInto(part: string, file: string): Promise<void> {
-  for (let attempt = 1; ; attempt += 1) {
-    await mkdir(path.dirname(file), { recursive: true });
-    try {
-      return await rename(part, file);
-    } catch (error) {
-      if (!isAbsent(error) || attempt === 10) throw error;
-    }
-  }
-}
+const isThere = (file: string) =>
+  stat(file).then(
+    () => true,
+    (error) => {
+      if (isAbsent(error)) return false;
+      throw error;
+    },
+  );
 
 function isAbsent(error: unknown): boolean {
   return (

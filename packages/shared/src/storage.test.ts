@@ -4,7 +4,7 @@
  */
 import assert from 'node:assert/strict';
 import { randomBytes, randomUUID } from 'node:crypto';
-import { chmod, mkdtemp, readdir, rm } from 'node:fs/promises';
+import { chmod, mkdir, mkdtemp, readdir, rename, rm, rmdir } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { PassThrough, Readable } from 'node:stream';
@@ -417,4 +417,34 @@ describe('storage that is away or wrongly named', () => {
     for (const url of ['ftp://x/y', 'data', 'file://relative/dir', 's3://'])
       assert.throws(() => openStorage(url), StartupError, url);
   });
+});
+
+test('a storage directory that vanishes is away: nothing seems deleted, and nothing is written in its place', async () => {
+  const parent = await mkdtemp(path.join(tmpdir(), 'as-storage-away-'));
+  const directory = path.join(parent, 'objects');
+  const storage = openStorage(pathToFileURL(directory).href);
+  const isAway = (error: unknown) => error instanceof InfrastructureFault && error.part === 'storage';
+  try {
+    await storage.put('a/b', Buffer.from('kept'));
+    await rename(directory, `${directory}.away`);
+    await assert.rejects(storage.read('a/b'), isAway);
+    await assert.rejects(storage.stat('a/b'), isAway);
+    await assert.rejects(storage.delete('a/b'), isAway);
+    await assert.rejects(storage.put('a/c', Buffer.from('lost')), isAway);
+    await assert.rejects(storage.probe(), isAway);
+    await assert.rejects(storage.list('a/')[Symbol.asyncIterator]().next(), isAway);
+    // Where a disk was mounted an empty directory is left.
+    await mkdir(directory);
+    await assert.rejects(storage.read('a/b'), isAway);
+    await assert.rejects(storage.put('a/c', Buffer.from('lost')), isAway);
+    assert.deepEqual(await readdir(directory), []);
+    await rmdir(directory);
+    await rename(`${directory}.away`, directory);
+    assert.equal((await storage.read('a/b')).toString(), 'kept');
+    await storage.put('a/c', Buffer.from('new'));
+    assert.equal(await storage.stat('a/d'), undefined);
+  } finally {
+    storage.close();
+    await rm(parent, { recursive: true, force: true });
+  }
 });

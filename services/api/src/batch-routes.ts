@@ -172,7 +172,7 @@ export function createBatchRoutes(deps: BatchRoutesDeps): Router {
     if (request.method === 'HEAD') return void response.end();
     response.write('retry: 1000\n\n');
     let known = '';
-    let toldAt = Date.now();
+    let toldAt = performance.now();
     try {
       while (!signal.aborted) {
         const batch = await batches.read(tenant, id);
@@ -181,12 +181,12 @@ export function createBatchRoutes(deps: BatchRoutesDeps): Router {
         if (response.writableNeedDrain) await once(response, 'drain', { signal });
         if (text !== known) {
           known = text;
-          toldAt = Date.now();
+          toldAt = performance.now();
           const more = estimatedEnd === undefined ? body : { ...body, estimatedEnd };
           response.write(`event: batch\ndata: ${JSON.stringify(more)}\n\n`);
           if (isEnded(batch.state)) break;
-        } else if (Date.now() - toldAt >= heartbeatMs) {
-          toldAt = Date.now();
+        } else if (performance.now() - toldAt >= heartbeatMs) {
+          toldAt = performance.now();
           response.write(': heartbeat\n\n');
         }
         await pause(eventsEveryMs, signal);

@@ -54,12 +54,12 @@ export function createUploadLocks(redis: Redis): UploadLocks {
     /** Goes on holding it; tells once when somebody wants it, or when it may have been lost. */
     function hold(requestRelease: RequestRelease): void {
       let told = false;
-      let renewedAt = Date.now();
+      let renewedAt = performance.now();
       const renew = async () => {
         const state = await redis
           .eval(renewScript, 2, lockKey, wantedKey, token, ttlMs)
-          .catch(() => (Date.now() - renewedAt > ttlMs / 2 ? 'lost' : 'unknown'));
-        if (state === 'held' || state === 'wanted') renewedAt = Date.now();
+          .catch(() => (performance.now() - renewedAt > ttlMs / 2 ? 'lost' : 'unknown'));
+        if (state === 'held' || state === 'wanted') renewedAt = performance.now();
         if ((state === 'wanted' || state === 'lost') && !told) {
           told = true;
           await requestRelease();
@@ -70,9 +70,9 @@ export function createUploadLocks(redis: Redis): UploadLocks {
     }
 
     async function lock(stop: AbortSignal, requestRelease: RequestRelease): Promise<void> {
-      const until = Date.now() + patienceMs;
+      const until = performance.now() + patienceMs;
       while (!(await take())) {
-        if (stop.aborted || Date.now() > until) throw locked;
+        if (stop.aborted || performance.now() > until) throw locked;
         await withRedis(() => redis.set(wantedKey, '1', 'PX', 10 * pollMs));
         await sleep(pollMs);
       }

@@ -37,7 +37,7 @@ export interface DecodeStageDeps {
 
 interface DecodedAt {
   readonly decoded: Decoded;
-  /** When the audio lay in scratch (epoch ms). */
+  /** When the audio lay in scratch, on the clock that never jumps (`performance.now`): no time is negative. */
   readonly fetchedAt: number;
 }
 
@@ -54,14 +54,15 @@ export function createDecodeStage({
   return {
     async run(job, signal) {
       const { record } = job;
-      const begun = Date.now();
+      const begunAt = Date.now();
+      const begun = performance.now();
       const known = 'sha256' in record.audio ? record.audio.sha256 : undefined;
       const { decoded, fetchedAt } =
         (known && (await findDecoded(job, known, signal))) || (await decode(job, signal));
       const timings = {
-        decodeWait: Math.max(0, begun - record.createdAt),
-        decodeFetch: fetchedAt - begun,
-        decode: Date.now() - fetchedAt,
+        decodeWait: Math.max(0, begunAt - record.createdAt),
+        decodeFetch: Math.round(fetchedAt - begun),
+        decode: Math.round(performance.now() - fetchedAt),
       };
       await job.commit('decoded', { decoded, timings });
       await queues.add('inference', record);
@@ -78,7 +79,7 @@ export function createDecodeStage({
     // A fixed name: what the caller named the file reaches no command line.
     const audio = path.join(scratch.directory, 'audio');
     const contentId = await fetchAudio(record, audio, signal);
-    const fetchedAt = Date.now();
+    const fetchedAt = performance.now();
     // Only now is it known what was sent: another job may have decoded the same sound.
     const before = await findDecoded(job, contentId, signal);
     if (before) return { ...before, fetchedAt };
@@ -127,7 +128,7 @@ export function createDecodeStage({
     const sidecar = await readSidecar(`${key}.json`, signal);
     if (sidecar?.frontEnd !== frontEndVersion || sidecar.profileHash !== profileHash) return undefined;
     log.info({ tensorKey: key }, 'decoded before');
-    return { decoded: decodedOf(contentId, key, sidecar), fetchedAt: Date.now() };
+    return { decoded: decodedOf(contentId, key, sidecar), fetchedAt: performance.now() };
   }
 
   async function readSidecar(key: string, signal: AbortSignal): Promise<Sidecar | undefined> {
@@ -253,10 +254,10 @@ function isAlive(pid: number): boolean {
 
 /** At most five signs of progress a second: each is a message to every API process. */
 function throttled(job: StageJob): (fraction: number) => void {
-  let last = Date.now();
+  let last = performance.now();
   return (fraction) => {
-    if (Date.now() - last < 200) return;
-    last = Date.now();
+    if (performance.now() - last < 200) return;
+    last = performance.now();
     job.progress(fraction);
   };
 }

@@ -17,8 +17,9 @@ export function createFetchStage({ download, queues, fetchedBytes }: FetchStageD
     async run(job, signal) {
       const { record, log } = job;
       const { audio } = record;
-      const begun = Date.now();
-      const fetchWait = Math.max(0, begun - record.createdAt);
+      const begunAt = Date.now();
+      const begun = performance.now();
+      const fetchWait = Math.max(0, begunAt - record.createdAt);
       // Audio that is stored already needs no fetching.
       if (!('url' in audio)) await job.commit('queued', { timings: { fetchWait } });
       else {
@@ -30,7 +31,7 @@ export function createFetchStage({ download, queues, fetchedBytes }: FetchStageD
           },
         );
         fetchedBytes.inc(size);
-        const timings = { fetchWait, fetch: Date.now() - begun };
+        const timings = { fetchWait, fetch: Math.round(performance.now() - begun) };
         log.info({ host: new URL(audio.url).host, size, ms: timings.fetch }, 'fetched');
         await job.commit('queued', { audio: { key, size, sha256, etag, filename: audio.filename }, timings });
       }
@@ -52,10 +53,10 @@ function logRefusal(error: Error, log: StageJob['log']): void {
 
 /** At most two signs of progress a second: each is a message to every API process. */
 function throttled(job: StageJob): (fraction: number) => void {
-  let last = Date.now();
+  let last = performance.now();
   return (fraction) => {
-    if (Date.now() - last < 500) return;
-    last = Date.now();
+    if (performance.now() - last < 500) return;
+    last = performance.now();
     job.progress(fraction);
   };
 }

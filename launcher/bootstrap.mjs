@@ -70,6 +70,7 @@ function missingSystemPackages({ systemPackages = true, forTests = false }) {
   if (forTests) {
     if (!programFound('chromium')) missing.push('chromium');
     if (!programFound('strace')) missing.push('strace');
+    if (!programFound('faketime')) missing.push('faketime');
   }
   return missing;
 }

@@ -4,13 +4,14 @@
  *   npm run bench -- results-reading [rows]
  *
  * A batch that has ended lies in a directory; an API process of its own serves it, and its peak of memory is asked of
- * the kernel after each question. Before them it reads a hundredth of the rows, so that what it needs anyway is known.
+ * the kernel after each question. Meanwhile another caller asks for single rows. Before them it reads a hundredth of the rows, so that what it needs anyway is known.
  */
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { mkdtemp, readFile, rm } from 'node:fs/promises';
 import { cpus, loadavg, tmpdir } from 'node:os';
 import path from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { pathToFileURL } from 'node:url';
 import { openStorage } from '@acousticsense/shared/open-storage';
 import { connectRedisForWorker } from '@acousticsense/shared/redis';
@@ -63,10 +64,12 @@ try {
     `${batch}/diff?with=${other}&summary=true`,
   ]) {
     const from = performance.now();
+    const others = askMeanwhile(`${url}${batch}/rows/0`);
     const response = await fetch(url + at);
     let bytes = 0;
     for await (const chunk of response.body!) bytes += chunk.length;
     const seconds = (performance.now() - from) / 1_000;
+    const waits = await others.stop();
     console.log(
       [
         at.replace(id, 'ID').replace(id, 'ID').replace(other, 'OTHER').padEnd(50),
@@ -74,6 +77,7 @@ try {
         `${seconds.toFixed(1)} s`.padStart(8),
         `${(bytes / 1e6).toFixed(1)} MB`.padStart(10),
         `peak of memory ${await peak()} MiB`,
+        `others wait ${waits.p95.toFixed(0)} ms (95 %), ${waits.longest.toFixed(0)} at most`,
       ].join('  '),
     );
   }
@@ -81,4 +85,26 @@ try {
   child.kill();
   redis.disconnect();
   await rm(directory, { recursive: true, force: true });
+}
+
+/** Another caller asks for one row, twenty times a second. */
+function askMeanwhile(address: string) {
+  const waits: number[] = [];
+  let going = true;
+  const asking = (async () => {
+    while (going) {
+      const from = performance.now();
+      await (await fetch(address)).arrayBuffer();
+      waits.push(performance.now() - from);
+      await sleep(50);
+    }
+  })();
+  return {
+    async stop() {
+      going = false;
+      await asking;
+      waits.sort((a, b) => a - b);
+      return { p95: waits[Math.floor(waits.length * 0.95)] ?? 0, longest: waits.at(-1) ?? 0 };
+    },
+  };
 }

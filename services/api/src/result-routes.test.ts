@@ -1,7 +1,10 @@
 /** Results over real HTTP, from real Redis and a real storage, written as the feeder writes them. */
 import assert from 'node:assert/strict';
 import { once } from 'node:events';
+import { mkdtemp, rm } from 'node:fs/promises';
 import { request as httpRequest } from 'node:http';
+import { tmpdir } from 'node:os';
+import path from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import { hash128 } from '@acousticsense/shared/answer-key';
 import type { BatchRecord } from '@acousticsense/shared/batch';
@@ -20,6 +23,7 @@ import {
   type Ending,
   heard,
   labels,
+  serveResults,
   startCatalogue,
   storeBatch,
   type TestCatalogue,
@@ -512,6 +516,35 @@ describe('the latest result of a ref', () => {
     const answer = await get(`/v1/batches/${id}/results.jsonl`);
     return { status: answer.status, body: answer.json() };
   };
+
+  test('is not waited for while the index is far behind: a 503 comes in time, and the answer later', async (t) => {
+    const batch = await catalogue.finish(await catalogue.batch(named('slow')), () => label('Rap', 0.9));
+    const held = Promise.withResolvers<void>();
+    const { redis, storage: real } = catalogue;
+    const storage: typeof real = {
+      ...real,
+      async *list(prefix) {
+        await held.promise;
+        yield* real.list(prefix);
+      },
+    };
+    const directory = await mkdtemp(path.join(tmpdir(), 'as-results-slow-'));
+    const served = await serveResults({ redis, storage, directory });
+    t.after(async () => {
+      await served.close();
+      await rm(directory, { recursive: true });
+    });
+    const ask = () => fetch(`${served.url}/v1/results?ref=slow`);
+    const refused = await Promise.all([ask(), ask()]);
+    for (const answer of refused) {
+      const { code } = problemSchema.parse(await answer.json());
+      assert.deepEqual([answer.status, code, answer.headers.get('retry-after')], [503, 'unavailable', '2']);
+    }
+    held.resolve();
+    const answer = await ask();
+    assert.equal(answer.status, 200);
+    assert.equal(latestResultSchema.parse(await answer.json()).batch?.id, batch.id);
+  });
 
   test('needs a ref', async () => {
     await assertProblem('/v1/results', 400, 'bad_option', 'ref');

@@ -29,8 +29,8 @@ export interface ResultRoutesDeps {
   readonly closing: AbortSignal;
 }
 
-/** A million rows are read before the first byte of a comparison or an audit can be told. */
-const scanMs = 15 * 60_000;
+/** How long nothing may be sent: many rows are read before the first byte of an audit, or for few that are wanted. */
+const idleMs = 5 * 60_000;
 
 export function createResultRoutes({ results, diff, tenantOf, closing }: ResultRoutesDeps): Router {
   const router = express.Router();
@@ -90,7 +90,7 @@ export function createResultRoutes({ results, diff, tenantOf, closing }: ResultR
     const tenant = tenantOf(response);
     const to = await results.open(tenant, request.params.id, { threshold });
     const from = await results.open(tenant, earlier, { threshold });
-    response.setTimeout(scanMs);
+    response.setTimeout(idleMs);
     if (summary) noStore(response).json(await diff.summary(from, to, until(response)));
     else
       await send(request, response, to, 'diff.jsonl', async function* (signal) {
@@ -102,7 +102,7 @@ export function createResultRoutes({ results, diff, tenantOf, closing }: ResultR
     const { limit, ...view } = parseOptions(auditQuerySchema, request.query);
     const opened = await results.open(tenantOf(response), request.params.id, view);
     await send(request, response, opened, 'audit.json', async function* (signal) {
-      const { disagreements, ...figures } = await audit(response, opened, limit, signal);
+      const { disagreements, ...figures } = await auditBatch(results, opened, limit, signal);
       yield `${JSON.stringify(figures).slice(0, -1)},"disagreements":[`;
       for (const [n, rows] of inSlices(disagreements).entries())
         yield (n === 0 ? '' : ',') + rows.map((row) => JSON.stringify(row)).join(',');
@@ -114,17 +114,12 @@ export function createResultRoutes({ results, diff, tenantOf, closing }: ResultR
     const { limit, bom, ...view } = parseOptions(auditCsvQuerySchema, request.query);
     const opened = await results.open(tenantOf(response), request.params.id, view);
     await send(request, response, opened, 'audit.csv', async function* (signal) {
-      const { disagreements } = await audit(response, opened, limit, signal);
+      const { disagreements } = await auditBatch(results, opened, limit, signal);
       yield csvHead(Object.keys(auditColumns), bom);
       for (const rows of inSlices(disagreements))
         yield rows.map((row) => csvLine(Object.values(auditColumns).map((cell) => cell(row)))).join('');
     });
   });
-
-  function audit(response: Response, opened: OpenBatch, limit: number, signal: AbortSignal): Promise<Audit> {
-    response.setTimeout(scanMs);
-    return auditBatch(results, opened, limit, signal);
-  }
 
   function until(response: Response): AbortSignal {
     const gone = new AbortController();
@@ -145,6 +140,7 @@ export function createResultRoutes({ results, diff, tenantOf, closing }: ResultR
       .attachment(`${batch.name ?? batch.id}-${file}`)
       .set('content-type', types[file]);
     if (request.method === 'HEAD') return void response.end();
+    response.setTimeout(idleMs);
     const texts = write(signal);
     try {
       const first = await texts.next();

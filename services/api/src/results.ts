@@ -1,9 +1,10 @@
 /** Results of batches as callers see them: of one row, of all, and the latest of a ref. */
+import { setTimeout as sleep } from 'node:timers/promises';
 import type { AnswerIndex, Locator } from '@acousticsense/shared/answer-index';
 import type { BatchRecord, PartRow } from '@acousticsense/shared/batch';
 import type { BatchRecords } from '@acousticsense/shared/batch-records';
 import { judgedRow } from '@acousticsense/shared/ended-row';
-import { ProblemError } from '@acousticsense/shared/errors';
+import { InfrastructureFault, ProblemError } from '@acousticsense/shared/errors';
 import { createHouse, type House, mappingSchema, ownNames } from '@acousticsense/shared/house-genres';
 import { type JobRecord, type Timeline, timelineSchema } from '@acousticsense/shared/job';
 import { type JobRecords, keys, rowIndex } from '@acousticsense/shared/job-records';
@@ -45,6 +46,8 @@ export type Results = ReturnType<typeof createResults>;
 
 /** Without a sign that anything was closed, the index is believed for this long. */
 const indexAgeMs = 5_000;
+/** After a start it may take a minute, which nobody should wait for. */
+const indexPatienceMs = 5_000;
 /** Open chunks that are looked through for a ref, those of the newest batches first. */
 const mostOpenChunks = 64;
 /** What is remembered of their manifests: some 100 kB each. */
@@ -234,9 +237,22 @@ export function createResults(deps: ResultsDeps) {
   const seenSigns = new Map<string, string>();
   async function catchUp(tenant: string, signs: string): Promise<void> {
     const unchanged = seenSigns.get(tenant) === signs;
-    await index.refresh(tenant, { maxAgeMs: unchanged ? indexAgeMs : 0 });
-    if (seenSigns.size > 1_000) seenSigns.clear();
-    seenSigns.set(tenant, signs);
+    const refreshed = index.refresh(tenant, { maxAgeMs: unchanged ? indexAgeMs : 0 }).then(() => {
+      if (seenSigns.size > 1_000) seenSigns.clear();
+      seenSigns.set(tenant, signs);
+    });
+    const stop = new AbortController();
+    // It goes on meanwhile: who asks again joins it.
+    const late = sleep(indexPatienceMs, undefined, { signal: stop.signal }).then(() => {
+      throw new InfrastructureFault('index', 'The index of known answers is not caught up yet.');
+    });
+    try {
+      await Promise.race([refreshed, late]);
+    } finally {
+      stop.abort();
+      late.catch(() => {});
+      refreshed.catch(() => {});
+    }
   }
 
   interface LiveRow {

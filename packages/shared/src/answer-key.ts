@@ -15,14 +15,15 @@ export type Reference =
 /**
  * @returns undefined when the reference does not tell one content from another: an object without ETag and version.
  *   Of both the ETag is taken, because every listing tells it; a row known by its version as well has two identities,
- *   and this function is asked twice.
+ *   and this function is asked twice. The size is no part of it: a manifest may leave out what a listing tells, and
+ *   two contents of different size have different ETags.
  */
 export function identityOf(reference: Reference): string | undefined {
   if ('contentId' in reference) return JSON.stringify(['content', reference.contentId]);
   if ('sha256' in reference) return JSON.stringify(['sha256', reference.sha256.toLowerCase()]);
-  const { bucket, key, etag, versionId, size } = reference.s3;
+  const { bucket, key, etag, versionId } = reference.s3;
   const place = ['s3', reference.sourceEndpoint?.toLowerCase().replace(/\/+$/, '') ?? '', bucket, key];
-  if (etag !== undefined) return JSON.stringify([...place, 'etag', etag.replaceAll('"', ''), size ?? null]);
+  if (etag !== undefined) return JSON.stringify([...place, 'etag', etag.replaceAll('"', '')]);
   if (versionId !== undefined) return JSON.stringify([...place, 'version', versionId]);
   return undefined;
 }

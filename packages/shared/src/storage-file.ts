@@ -11,6 +11,7 @@ import {
   checkRange,
   ObjectChanged,
   ObjectNotFound,
+  probeKey,
   type ReadOptions,
   type Storage,
   type StoredObject,
@@ -215,9 +216,8 @@ export function createFileStorage(url: URL): Storage {
     abandonParts: () => Promise.resolve(0),
     backing: { kind: 'directory', directory: root },
     async probe() {
-      const key = `probe/${process.pid}`;
-      await put(key, Buffer.from('probe'));
-      await remove(key);
+      await put(probeKey, Buffer.from('probe'));
+      await remove(probeKey);
     },
     close() {},
   };

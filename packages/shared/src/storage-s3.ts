@@ -28,6 +28,7 @@ import {
   ObjectChanged,
   ObjectNotFound,
   type PresignedUploads,
+  probeKey,
   type ReadOptions,
   type Storage,
   type StoredObject,
@@ -256,9 +257,8 @@ export function createS3Storage(url: URL): Storage {
     delete: remove,
     list,
     async probe() {
-      const key = `probe/${process.pid}`;
-      await put(key, Buffer.from('probe'));
-      await remove(key);
+      await put(probeKey, Buffer.from('probe'));
+      await remove(probeKey);
     },
     close() {
       client.destroy();

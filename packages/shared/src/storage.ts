@@ -48,7 +48,7 @@ export interface Storage {
    * parts cost money, and no list shows them. A driver without such has nothing to do. @returns how many.
    */
   abandonParts(prefix: string, before: Date): Promise<number>;
-  /** Writes, reads and deletes a small object. @throws when the storage cannot be used now. */
+  /** Writes and deletes a small object. @throws when the storage cannot be used now. */
   probe(): Promise<void>;
   close(): void;
   /** Where callers can send bytes to the store itself; absent where the store is a directory. */
@@ -103,6 +103,9 @@ export interface PresignedUploads {
   /** Ending what has ended is no error. */
   endParts(key: string, multipartId: string): Promise<void>;
 }
+
+/** One for all processes: what one that was killed left behind goes with the next probe of any other. */
+export const probeKey = 'probe/write';
 
 export class ObjectNotFound extends Error {
   override readonly name = 'ObjectNotFound';

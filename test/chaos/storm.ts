@@ -25,6 +25,8 @@ import { answersOf, differences, type Heard, wrongAfter } from './invariants.ts'
 export interface Storm extends AsyncDisposable {
   readonly system: System;
   readonly catalogue: Catalogue;
+  /** Whose batch ran in peace. */
+  readonly calm: Caller;
   /** What was answered in peace, by ref. */
   readonly expected: ReadonlyMap<string, Heard>;
   answersFor(caller: Caller, batchId: string): Promise<Map<string, Heard>>;
@@ -102,6 +104,7 @@ export async function openStorm({
     return {
       system,
       catalogue,
+      calm,
       expected,
       answersFor,
       newCaller,

@@ -4,10 +4,11 @@
  */
 import type { BatchRecord } from '@acousticsense/shared/batch';
 import type { BatchRecords } from '@acousticsense/shared/batch-records';
+import { InfrastructureFault } from '@acousticsense/shared/errors';
 import type { NewJobRecord } from '@acousticsense/shared/job-records';
 import { decodeChunk } from '@acousticsense/shared/manifest';
 import { chunkKey } from '@acousticsense/shared/object-keys';
-import { ObjectNotFound, type Storage } from '@acousticsense/shared/storage';
+import type { Storage } from '@acousticsense/shared/storage';
 import type { Logger } from 'pino';
 import type { Parts } from './parts.ts';
 import type { ChunkRow, Rows } from './rows.ts';
@@ -127,8 +128,11 @@ export function createFeed(first: BatchRecord, deps: FeedDeps): Feed {
   async function reopen(chunk: number): Promise<void> {
     const { tenant, id } = batch;
     const part = await parts.readPart(tenant, id, chunk).catch((error) => {
-      if (!(error instanceof ObjectNotFound)) throw error;
-      log.error({ batchId: id, chunk }, 'a part is gone: what failed in it cannot be tried again');
+      if (error instanceof InfrastructureFault) throw error;
+      log.error(
+        { err: error, batchId: id, chunk },
+        'part cannot be read: what failed in it is not tried again',
+      );
       return [];
     });
     const states = part.map(({ state }) => (state === 'failed' ? '.' : 'k')).join('');

@@ -3,17 +3,13 @@ import { setTimeout } from 'node:timers/promises';
 import { openSources } from '@acousticsense/egress/open-sources';
 import { createAnswerIndex } from '@acousticsense/shared/answer-index';
 import { openBackends } from '@acousticsense/shared/backends';
-import { createBatchRecords } from '@acousticsense/shared/batch-records';
 import { createLease, type Lease } from '@acousticsense/shared/lease';
 import { type Service, startService } from '@acousticsense/shared/service';
-import { createTenants } from '@acousticsense/shared/tenants';
 import { Gauge, Histogram } from 'prom-client';
 import { type FeederConfig, loadConfig } from './config.ts';
-import { createFeeder, type Feeder } from './feeder.ts';
-import { createParts } from './parts.ts';
-import { createReceiver } from './receive.ts';
-import { createRetention } from './retention.ts';
-import { createRows } from './rows.ts';
+import type { Feeder } from './feeder.ts';
+import type { Retention } from './retention.ts';
+import { wireFeeder } from './wiring.ts';
 
 const leaseMs = 10_000;
 const renewMs = 2_000;
@@ -24,36 +20,14 @@ await startService('feeder', () => (config = loadConfig(process.env)), wire);
 async function wire(service: Service): Promise<void> {
   const { log } = service;
   const backends = openBackends(service, config);
-  const { redis, storage, records, queues } = backends;
-  const batches = createBatchRecords(redis, config.retention);
-  const { sources, sourceReader: reader } = openSources(service, backends, config);
-  const tenants = createTenants(redis);
-  const index = createAnswerIndex({ storage, directory: config.indexDirectory, log });
+  const { sources, sourceReader } = openSources(service, backends, config);
+  const index = createAnswerIndex({ storage: backends.storage, directory: config.indexDirectory, log });
   service.onClose('index', () => index.close());
-
   const stop = new AbortController();
   const { signal } = stop;
-  const parts = createParts({ redis, storage, records, batches, index, sources, log });
-  const rows = createRows({ storage, sources, reader, index, parts, log, heads: config.heads });
-  const receiver = createReceiver({ storage, batches, sources, reader });
-  const feeder = createFeeder({
-    redis,
-    records,
-    batches,
-    queues,
-    storage,
-    parts,
-    rows,
-    receive: receiver.receive,
-    weightOf: async (tenant) => (await tenants.getTenant(tenant))?.weight ?? 1,
-    log,
-    factor: config.factor,
-    openChunks: config.openChunks,
-    signal,
-  });
-  const retention = createRetention({ records, batches, storage, index, log, signal, ...config });
+  const { feeder, retention } = wireFeeder({ backends, sources, sourceReader, index, log, signal, config });
 
-  const lease = keepLease(createLease(redis, 'as:feeder:lease', leaseMs), feeder, service, signal);
+  const lease = keepLease(createLease(backends.redis, 'as:feeder:lease', leaseMs), feeder, service, signal);
   const running = run(service, feeder, retention, lease, signal);
   service.onClose('feeder', async () => {
     stop.abort(new Error('the feeder stops'));
@@ -66,7 +40,7 @@ async function wire(service: Service): Promise<void> {
 async function run(
   { log, registry }: Service,
   feeder: Feeder,
-  retention: ReturnType<typeof createRetention>,
+  retention: Retention,
   lease: ReturnType<typeof keepLease>,
   signal: AbortSignal,
 ): Promise<void> {

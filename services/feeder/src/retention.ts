@@ -27,6 +27,8 @@ const orphanMs = 24 * hour;
 /** After a start: another process may have been at it a minute ago. */
 const firstMs = 5 * 60_000;
 
+export type Retention = ReturnType<typeof createRetention>;
+
 export function createRetention(deps: RetentionDeps) {
   const { records, batches, storage, index, log, resultRetentionMs, resultsKept } = deps;
   const errands = createErrands('retention', 1, log, deps.signal);

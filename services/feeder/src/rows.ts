@@ -155,12 +155,24 @@ export function createRows({ storage, sources, reader, index, parts, log, heads 
   }
 
   async function readAnswer(tenant: string, { batchId, chunk, row }: Locator): Promise<Answer | undefined> {
+    const found = await readRow(tenant, batchId, chunk, row);
+    return found?.state === 'completed' ? { found, batch: { id: batchId, chunk, row } } : undefined;
+  }
+
+  /** @returns undefined when it is not stored any more, or not to be read: then it is worked out anew. */
+  async function readRow(
+    tenant: string,
+    batchId: string,
+    chunk: number,
+    row: number,
+  ): Promise<PartRow | undefined> {
     try {
-      const found = (await readPart(tenant, batchId, chunk))[row];
-      return found?.state === 'completed' ? { found, batch: { id: batchId, chunk, row } } : undefined;
+      return (await readPart(tenant, batchId, chunk))[row];
     } catch (error) {
-      if (error instanceof ObjectNotFound) return undefined;
-      throw error;
+      if (error instanceof InfrastructureFault) throw error;
+      if (!(error instanceof ObjectNotFound))
+        log.error({ err: error, batchId, chunk }, 'part cannot be read');
+      return undefined;
     }
   }
 
@@ -220,12 +232,7 @@ export function createRows({ storage, sources, reader, index, parts, log, heads 
   /** What the repeated run decoded, when the new model reads the same tensors. A tensor that is gone is made again. */
   async function tensorOf(batch: BatchRecord, { chunk, row }: ChunkRow): Promise<JobRecord['decoded']> {
     if (batch.tensorsOf === undefined) return undefined;
-    try {
-      return (await readPart(batch.tenant, batch.tensorsOf, chunk))[row]?.decoded;
-    } catch (error) {
-      if (error instanceof ObjectNotFound) return undefined;
-      throw error;
-    }
+    return (await readRow(batch.tenant, batch.tensorsOf, chunk, row))?.decoded;
   }
 
   return { prepare };

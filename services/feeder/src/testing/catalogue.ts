@@ -11,7 +11,9 @@ import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { pathToFileURL } from 'node:url';
-import { openBackends } from '@acousticsense/shared/backends';
+import { openSources } from '@acousticsense/egress/open-sources';
+import { createAnswerIndex } from '@acousticsense/shared/answer-index';
+import { type Backends, openBackends } from '@acousticsense/shared/backends';
 import { type BatchRecord, decodePart, isEnded, type PartRow } from '@acousticsense/shared/batch';
 import {
   type BatchRef,
@@ -34,6 +36,7 @@ import { runStage, type StageJob } from '@acousticsense/shared/stage';
 import { pino } from 'pino';
 import { Registry } from 'prom-client';
 import { startRedis } from '../../../../test/redis.ts';
+import { type FeederParts, wireFeeder } from '../wiring.ts';
 
 export const retention = { resultSeconds: 3_600, events: 1_000 };
 const testSecrets = Buffer.alloc(32, 'test').toString('base64');
@@ -43,9 +46,9 @@ export type TestCatalogue = Awaited<ReturnType<typeof startCatalogue>>;
 /** What stands in for the work of a stage; it may throw, or wait. */
 export type Work = (job: StageJob, signal: AbortSignal) => Promise<void>;
 
-export async function startCatalogue() {
+export async function startCatalogue({ appendOnly = false } = {}) {
   const directory = await mkdtemp(path.join(tmpdir(), 'as-feeder-'));
-  const server = await startRedis();
+  const server = await startRedis({ appendOnly });
   const storageUrl = pathToFileURL(path.join(directory, 'objects')).href;
   const bundle = await loadBundle(path.resolve(import.meta.dirname, '../../../../models/default'), {
     verifyFiles: false,
@@ -107,6 +110,61 @@ export async function startCatalogue() {
     const exited = once(child, 'exit');
     child.kill(signal);
     await exited;
+  }
+
+  /** One in this process, that asks nobody for a lease; with parts of it replaced. */
+  function runFeeder({
+    storage,
+    queues,
+    ...config
+  }: Partial<Pick<Backends, 'storage' | 'queues'> & FeederParts['config']> & {
+    indexDirectory?: string;
+  } = {}) {
+    const own: (() => unknown)[] = [];
+    const service = fakeService(own);
+    const mine = openBackends(service, { redisUrl: server.url, storageUrl, retention });
+    const backends = { ...mine, ...(storage ? { storage } : {}), ...(queues ? { queues } : {}) };
+    const { log } = service;
+    const indexDirectory = config.indexDirectory ?? path.join(directory, `index-${randomUUIDv7()}`);
+    const index = createAnswerIndex({ storage: backends.storage, directory: indexDirectory, log });
+    own.push(() => index.close());
+    const controller = new AbortController();
+    const { signal } = controller;
+    const { feeder, retention: sweeper } = wireFeeder({
+      ...{ backends, index, log, signal },
+      ...openSources(service, mine, { secretsKey: testSecrets, egressAllow: '127.0.0.1', storageUrl }),
+      config: {
+        ...{
+          retention,
+          factor: 4,
+          openChunks: 16,
+          heads: 32,
+          resultRetentionMs: 30 * 86_400_000,
+          resultsKept: 0,
+        },
+        ...config,
+      },
+    });
+    const faults: unknown[] = [];
+    const running = (async () => {
+      while (mine.redis.status !== 'ready') await sleep(5);
+      while (!signal.aborted) {
+        const busy = await feeder.round().catch((error) => {
+          faults.push(error);
+          return false;
+        });
+        if (!busy) await sleep(20);
+      }
+    })();
+    const stop = async () => {
+      if (signal.aborted) return;
+      controller.abort();
+      await running;
+      await feeder.settle();
+      for (const close of own.reverse()) await close();
+    };
+    closers.push(stop);
+    return { stop, faults, index, sweep: sweeper.sweep };
   }
 
   /** Decoders and inference services in this process, until they are stopped. */
@@ -278,9 +336,12 @@ export async function startCatalogue() {
     const json = JSON.parse((await storage.read(batchKey(ref.tenant, ref.id))).toString());
     assert.deepEqual([json.state, json.completed, json.endedAt], [batch.state, completed, batch.endedAt]);
     const left = await redis.keys(`as:{${ref.tenant}}:*`);
-    const mine = left.filter((key) => key.includes(ref.id) || key.includes(':job:'));
-    assert.deepEqual(mine, [keys.batch(ref.tenant, ref.id)]);
-    assert.equal(await records.countOpen(ref.tenant), 0);
+    // Ids of its jobs begin with the same time as its own.
+    const time = ref.id.slice(0, 13);
+    const mine = left.filter((key) => key.includes(ref.id) || key.includes(`:job:${time}`));
+    assert.deepEqual(mine.slice(0, 3), [keys.batch(ref.tenant, ref.id)]);
+    const unfinished = await records.openSince(ref.tenant, Date.now(), 100_000);
+    assert.equal(unfinished.filter((id) => id.startsWith(time)).length, 0);
     return rows;
   }
 
@@ -302,7 +363,7 @@ export async function startCatalogue() {
 
   return {
     ...{ directory, server, storageUrl, bundle, backends, redis, storage, records, queues, batches, sources },
-    ...{ registerSource, startFeeder, stopFeeder, startWorkers, submit, create },
+    ...{ registerSource, startFeeder, stopFeeder, runFeeder, startWorkers, submit, create },
     ...{ read, when, ended, results, reconcile, checkWhole, queued },
     [Symbol.asyncDispose]: stop,
   };

@@ -52,6 +52,11 @@ try {
     const status = await readFile(`/proc/${child.pid}/status`, 'utf8');
     return Math.round(Number(/VmHWM:\s+(\d+)/.exec(status)![1]) / 1_024);
   };
+  /** Seconds of CPU so far; the kernel counts hundredths. */
+  const cpu = async () => {
+    const fields = (await readFile(`/proc/${child.pid}/stat`, 'utf8')).split(') ')[1]!.split(' ');
+    return (Number(fields[11]) + Number(fields[12])) / 100;
+  };
   console.log(`${rows} rows; ${cpus().length} x ${cpus()[0]!.model}, load ${loadavg()[0]!.toFixed(1)}`);
   const batch = `/v1/batches/${id}`;
   for (const at of [
@@ -63,7 +68,7 @@ try {
     `${batch}/diff?with=${id}&summary=true`,
     `${batch}/diff?with=${other}&summary=true`,
   ]) {
-    const from = performance.now();
+    const [from, cpuFrom] = [performance.now(), await cpu()];
     const others = askMeanwhile(`${url}${batch}/rows/0`);
     const response = await fetch(url + at);
     let bytes = 0;
@@ -75,6 +80,7 @@ try {
         at.replace(id, 'ID').replace(id, 'ID').replace(other, 'OTHER').padEnd(50),
         `${response.status}`,
         `${seconds.toFixed(1)} s`.padStart(8),
+        `${((await cpu()) - cpuFrom).toFixed(1)} s of CPU`.padStart(15),
         `${(bytes / 1e6).toFixed(1)} MB`.padStart(10),
         `peak of memory ${await peak()} MiB`,
         `others wait ${waits.p95.toFixed(0)} ms (95 %), ${waits.longest.toFixed(0)} at most`,

@@ -1,6 +1,7 @@
 /** Results of batches by HTTP: streamed, row by row, the latest of a ref; two runs compared; a catalogue audited. */
 import { Readable } from 'node:stream';
 import { pipeline } from 'node:stream/promises';
+import { setImmediate as turn } from 'node:timers/promises';
 import { ProblemError } from '@acousticsense/shared/errors';
 import express, { type Request, type Response, type Router } from 'express';
 import { auditBatch } from './batch-audit.ts';
@@ -31,6 +32,7 @@ export interface ResultRoutesDeps {
 
 /** How long nothing may be sent: many rows are read before the first byte of an audit, or for few that are wanted. */
 const idleMs = 5 * 60_000;
+const sliceRows = 200;
 
 export function createResultRoutes({ results, diff, tenantOf, closing }: ResultRoutesDeps): Router {
   const router = express.Router();
@@ -104,8 +106,11 @@ export function createResultRoutes({ results, diff, tenantOf, closing }: ResultR
     await send(request, response, opened, 'audit.json', async function* (signal) {
       const { disagreements, ...figures } = await auditBatch(results, opened, limit, signal);
       yield `${JSON.stringify(figures).slice(0, -1)},"disagreements":[`;
-      for (const [n, rows] of inSlices(disagreements).entries())
-        yield (n === 0 ? '' : ',') + rows.map((row) => JSON.stringify(row)).join(',');
+      let separator = '';
+      for await (const rows of slicesOf(disagreements)) {
+        yield separator + rows.map((row) => JSON.stringify(row)).join(',');
+        separator = ',';
+      }
       yield ']}';
     });
   });
@@ -116,7 +121,7 @@ export function createResultRoutes({ results, diff, tenantOf, closing }: ResultR
     await send(request, response, opened, 'audit.csv', async function* (signal) {
       const { disagreements } = await auditBatch(results, opened, limit, signal);
       yield csvHead(Object.keys(auditColumns), bom);
-      for (const rows of inSlices(disagreements))
+      for await (const rows of slicesOf(disagreements))
         yield rows.map((row) => csvLine(Object.values(auditColumns).map((cell) => cell(row)))).join('');
     });
   });
@@ -189,11 +194,12 @@ const noStore = (response: Response) => response.set('cache-control', 'no-store'
 const jsonLines = (rows: readonly object[]) => rows.map((row) => `${JSON.stringify(row)}\n`).join('');
 const csvHead = (names: readonly string[], bom: boolean) => `${bom ? '\uFEFF' : ''}${csvLine(names)}`;
 
-function inSlices<T>(rows: readonly T[]): T[][] {
-  const size = 500;
-  return Array.from({ length: Math.ceil(rows.length / size) }, (_, n) =>
-    rows.slice(n * size, (n + 1) * size),
-  );
+/** Some at a time, between which the process does other things. */
+async function* slicesOf<T>(rows: readonly T[]): AsyncGenerator<T[]> {
+  for (let at = 0; at < rows.length; at += sliceRows) {
+    yield rows.slice(at, at + sliceRows);
+    await turn();
+  }
 }
 
 const scored = (pairs: readonly (readonly [name: string, score: number])[] | undefined): Cell =>

@@ -315,12 +315,12 @@ export function createResults(deps: ResultsDeps) {
   return { open, ended, row, timeline, extra, latest };
 }
 
-export function isEnded(row: PartRow | UnendedRow): row is PartRow {
+function isEnded(row: PartRow | UnendedRow): row is PartRow {
   return 'finishedAt' in row;
 }
 
 /** As `threshold` has it: what stands in the part was judged by the batch's own. */
-export function judged({ model, house, threshold }: OpenBatch, row: PartRow): PartRow {
+function judged({ model, house, threshold }: OpenBatch, row: PartRow): PartRow {
   return house && model
     ? judgedRow(row, house, { threshold, outlierThreshold: model.outlierThreshold })
     : row;

@@ -108,7 +108,7 @@ async function again(
   const reads = await sourceReads(system);
   const read = s3.requests
     .slice(requestsBefore)
-    .flatMap((line) => /^GET \/music\/([^?]+)$/.exec(line)?.[1] ?? []);
+    .flatMap((line) => /^GET \/music\/([^?]+)/.exec(line)?.[1] ?? []);
   console.log(
     `  submitted again     ${seconds.toFixed(1)} s, ${rate(seconds)} rows/s; reused ${batch.counts.reused}`,
   );

@@ -5,6 +5,7 @@
 import type { Redis } from 'ioredis';
 import { type BatchRecord, decodePart, isEnded, type PartRow } from '../../packages/shared/src/batch.ts';
 import { createBatchRecords } from '../../packages/shared/src/batch-records.ts';
+import { verdicts } from '../../packages/shared/src/house-genres.ts';
 import { type Timeline, timelineSchema } from '../../packages/shared/src/job.ts';
 import { createJobRecords } from '../../packages/shared/src/job-records.ts';
 import { chunkRows } from '../../packages/shared/src/manifest.ts';
@@ -27,7 +28,6 @@ export interface Remains {
 }
 
 const retention = { resultSeconds: 3_600, events: 1_000_000 };
-const verdicts = ['uncertain', 'agree', 'disagree', 'undeclared', 'unknown_genre'] as const;
 
 /**
  * Waits until nothing is wrong any more: locks run out, the reconciler sweeps.
@@ -190,16 +190,7 @@ function countersEqualRows(batch: BatchRecord, rows: readonly PartRow[], say: (w
     ['failed', count((row) => row.state === 'failed'), failed],
     ['cancelled', count((row) => row.state === 'cancelled') + batch.rows - written, cancelled],
     ['reused', count((row) => row.reused === true), batch.reused],
-    ...verdicts.map(
-      (verdict) =>
-        [
-          verdict,
-          verdict === 'uncertain'
-            ? count((row) => row.uncertain === true)
-            : count((row) => row.verdict === verdict),
-          batch[verdict],
-        ] as const,
-    ),
+    ...verdicts.map((verdict) => [verdict, count((row) => row.verdict === verdict), batch[verdict]] as const),
   ] as const) {
     if (counted !== wanted) say(`${counted} rows are ${name}, the counter says ${wanted}`);
   }

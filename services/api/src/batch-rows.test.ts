@@ -187,6 +187,21 @@ describe('a chunk that is closed between a look and the next', () => {
     );
   });
 
+  test('is read again when it was closed and opened once more before its records were read', async () => {
+    const batch = await ended([jazz, { error: badAudio }]);
+    let first = true;
+    const reader = readerWith(async (...of) => {
+      if (first) {
+        await catalogue.close(batch, 0);
+        await catalogue.batches.retry(batch, await catalogue.batches.nextRevision('acme'));
+        await catalogue.batches.reopen(batch, { chunk: 0, states: 'k.' });
+      }
+      first = false;
+      return catalogue.records.getMany(...of);
+    });
+    assert.deepEqual(numbers(await read(reader, batch)), [0]);
+  });
+
   test('has rows that were never fed, of a batch that is being cancelled', async () => {
     const batch = await catalogue.batch(tracks(1_200));
     await catalogue.openChunk(batch, 0);

@@ -34,8 +34,12 @@ await using system = await startSystem({
 });
 const stubs = await Promise.all(Array.from({ length: workers }, startStub));
 const redis = connectRedisForWorker(server.url);
+let refusals = 0;
 try {
   await run();
+} catch (error) {
+  console.error(error);
+  process.exitCode = 1;
 } finally {
   redis.disconnect();
   for (const stub of stubs) stub.kill('SIGTERM');
@@ -61,26 +65,43 @@ async function run(): Promise<void> {
   const peak: Record<string, number> = {};
   let redisPeak = 0;
   let watching = true;
+  let told = performance.now();
+  let progress = 0;
+  const from = performance.now();
   const watch = (async () => {
     while (watching) {
       for (const [name, pid] of Object.entries(pids))
         peak[name] = Math.max(peak[name] ?? 0, await residentMegabytes(pid));
-      const used = /^used_memory:(\d+)/m.exec(await redis.info('memory'))?.[1];
-      redisPeak = Math.max(redisPeak, Number(used) / 1e6);
+      const used = Number(/^used_memory:(\d+)/m.exec(await redis.info('memory'))?.[1]) / 1e6;
+      redisPeak = Math.max(redisPeak, used);
+      if (performance.now() - told > 30_000) {
+        told = performance.now();
+        const memory = Object.entries(pids).map(
+          async ([name, pid]) => `${name} ${(await residentMegabytes(pid)).toFixed(0)} MB`,
+        );
+        console.error(
+          `  ${seconds(from).toFixed(0)} s: ${progress} rows, Redis's data ${used.toFixed(1)} MB, ${(await Promise.all(memory)).join(', ')}`,
+        );
+      }
       await sleep(500);
     }
   })();
 
-  const from = performance.now();
   const batch = await submit(catalogue.key, 'backfill', rows, 'track');
   const accepted = seconds(from);
   const uploads = uploadNowAndThen(other.key, () => watching);
-  const half = await when(catalogue.key, batch.id, ({ counts }) => counts.completed >= rows * 0.4);
+  const half = await when(catalogue.key, batch.id, ({ counts }) => {
+    progress = counts.completed;
+    return progress >= rows * 0.4;
+  });
   const atHalf = seconds(from);
   const releasedAt = Date.now();
   const release = await submit(catalogue.key, 'release', releases, 'release');
   const released = await when(catalogue.key, release.id, ({ state }) => state === 'completed');
-  const done = await when(catalogue.key, batch.id, ({ state }) => state === 'completed');
+  const done = await when(catalogue.key, batch.id, ({ state, counts }) => {
+    progress = counts.completed;
+    return state === 'completed';
+  });
   const finished = seconds(from);
   watching = false;
   await watch;
@@ -111,7 +132,7 @@ async function run(): Promise<void> {
   );
   console.log(`500 releases, same tenant ${quantiles(rowWaits)} from the request to the result`);
   console.log(
-    `uploads, another tenant   ${quantiles(waits)} from the request to the result (${waits.length})`,
+    `uploads, another tenant   ${quantiles(waits)} from the request to the result (${waits.length}); ${refusals} answers of 503 or 429 in all`,
   );
   console.log(
     `peak of Redis's data      ${redisPeak.toFixed(1)} MB; keys left ${left}, open ${await records.countOpen('catalogue')}`,
@@ -176,6 +197,12 @@ async function run(): Promise<void> {
         body: formOf(audio, { name: 'a.wav' }),
         headers: bearer(key),
       });
+      if (response.status !== 202) {
+        await response.arrayBuffer();
+        refusals += 1;
+        await sleep(1_000);
+        continue;
+      }
       const job = (await response.json()) as Job;
       for (;;) {
         const now = (await call(key, 'GET', `/v1/jobs/${job.id}`)) as unknown as Job;
@@ -214,12 +241,21 @@ async function when(
   }
 }
 
+/** A machine at its limit may say 503 for a moment: a caller comes again, as it is told to. */
 async function call(key: string, method: string, at: string, init: RequestInit = {}): Promise<BatchResource> {
-  const response = await fetch(`${system.url}${at}`, {
-    method,
-    ...init,
-    headers: { ...bearer(key), ...(init.headers as Record<string, string>) },
-  });
+  const ask = () =>
+    fetch(`${system.url}${at}`, {
+      method,
+      ...init,
+      headers: { ...bearer(key), ...(init.headers as Record<string, string>) },
+    });
+  let response = await ask();
+  for (let tries = 0; method === 'GET' && response.status === 503 && tries < 30; tries += 1) {
+    await response.arrayBuffer();
+    refusals += 1;
+    await sleep(1_000);
+    response = await ask();
+  }
   const body = await response.text();
   if (!response.ok) throw new Error(`${method} ${at}: ${response.status} ${body}`);
   return JSON.parse(body) as BatchResource;

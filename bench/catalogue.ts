@@ -7,7 +7,7 @@
  * Rows name objects of a registered bucket by key and ETag; nobody reads them, since decoder and model are stubs.
  */
 import { type ChildProcess, spawn } from 'node:child_process';
-import { readFile, stat } from 'node:fs/promises';
+import { readFile } from 'node:fs/promises';
 import path from 'node:path';
 import { Readable } from 'node:stream';
 import { setTimeout as sleep } from 'node:timers/promises';
@@ -138,7 +138,6 @@ async function run(): Promise<void> {
     `peak of Redis's data      ${redisPeak.toFixed(1)} MB; keys left ${left}, open ${await records.countOpen('catalogue')}`,
   );
   console.log(`Redis, per row            ${await commandsPerRow()}`);
-  console.log(`append-only file          ${((await fileSize()) / 1e6).toFixed(0)} MB`);
   for (const [name, megabytes] of Object.entries(peak))
     console.log(
       `${name.padEnd(10)} peak resident ${megabytes.toFixed(0).padStart(5)} MB, CPU ${(((cpu[name]! - cpuBefore[name]!) * 1e3) / rows).toFixed(2)} ms/row`,
@@ -160,13 +159,6 @@ async function run(): Promise<void> {
     return `${sum('calls').toFixed(1)} calls, ${sum('usec').toFixed(0)} us (${dearest
       .map(({ name, calls, usec }) => `${name} ${calls.toFixed(1)} calls ${usec.toFixed(0)} us`)
       .join(', ')})`;
-  }
-
-  async function fileSize(): Promise<number> {
-    const directory =
-      /^dir:(.*)$/m.exec(((await redis.config('GET', 'dir')) as string[]).join(':'))?.[1] ?? '';
-    const file = path.join(directory, 'appendonlydir');
-    return (await stat(file).catch(() => ({ size: 0 }))).size;
   }
 
   async function submit(key: string, of: string, count: number, name: string): Promise<BatchResource> {

@@ -52,8 +52,10 @@ export function createFeed(first: BatchRecord, deps: FeedDeps): Feed {
   let ready: NewJobRecord[] = [];
   /** Rows of open chunks that were found waiting, in their order. */
   let found: ChunkRow[] = [];
-  /** Chunks that were looked through. */
+  /** Chunks that were looked through, ... */
   const seen = new Set<number>();
+  /** ... and the row at which the next one goes on, where not all of it was taken into memory. */
+  let resumeAt = 0;
   /** Raised by every reset: what was begun before it comes to nothing. */
   let epoch = 0;
   let working = false;
@@ -98,7 +100,7 @@ export function createFeed(first: BatchRecord, deps: FeedDeps): Feed {
         found = chunk;
         continue;
       }
-      const group = found.slice(0, groupRows);
+      const group = found.slice(0, Math.min(groupRows, ahead));
       const jobs = await rows.prepare(batch, group, signal);
       if (mine !== epoch) return;
       found = found.slice(group.length);
@@ -110,9 +112,15 @@ export function createFeed(first: BatchRecord, deps: FeedDeps): Feed {
   async function nextRows(mine: number): Promise<ChunkRow[] | undefined> {
     const unseen = batch.openChunks.find((chunk) => !seen.has(chunk));
     if (unseen !== undefined) {
-      const waiting = await waitingRows(unseen);
-      if (mine === epoch) seen.add(unseen);
-      return waiting;
+      const waiting = (await waitingRows(unseen)).filter(({ row }) => row >= resumeAt);
+      const some = waiting.slice(0, ahead);
+      if (mine !== epoch) return undefined;
+      if (some.length < waiting.length) resumeAt = some.at(-1)!.row + 1;
+      else {
+        seen.add(unseen);
+        resumeAt = 0;
+      }
+      return some;
     }
     if (batch.openChunks.length >= openChunks) return undefined;
     if (batch.retryNext !== undefined) await reopen(batch.retryNext);
@@ -152,6 +160,7 @@ export function createFeed(first: BatchRecord, deps: FeedDeps): Feed {
     ready = [];
     found = [];
     seen.clear();
+    resumeAt = 0;
     exhausted = false;
     retryAt = 0;
     lastTaken = performance.now();

@@ -85,6 +85,19 @@ describe('a prefix that is walked', () => {
     assert.deepEqual(results[7]!.audio, { s3: s3Audio });
   });
 
+  test('of more objects than a batch may have is walked no further, and what was found runs', async () => {
+    startWorkers();
+    stops.push(catalogue.runFeeder({ maxRows: 900 }).stop);
+    const batch = await walk('walk/');
+    const { state, rows, completed, error } = await catalogue.ended(batch);
+    assert.deepEqual([state, rows, completed, error?.code], ['failed', 1_000, 1_000, 'manifest_too_large']);
+    await catalogue.checkWhole(batch);
+    // Tried again, it is found to be so again.
+    await catalogue.batches.retry(batch, 99);
+    const again = await catalogue.ended(batch);
+    assert.deepEqual([again.state, again.rows, again.round], ['failed', 1_000, 1]);
+  });
+
   test('without audio is a batch without rows', async () => {
     await startFeeder();
     const batch = await walk('empty/');

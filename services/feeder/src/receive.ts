@@ -17,12 +17,14 @@ export interface ReceiveDeps {
   readonly batches: BatchRecords;
   readonly sources: Pick<Sources, 'sourceFor'>;
   readonly reader: Pick<SourceReader, 'list'>;
+  /** Of a batch; rounded up to whole chunks. */
+  readonly maxRows: number;
 }
 
 /** What is taken for audio in a bucket that also holds covers and lists; the decoder looks at the bytes. */
 const audioName = /\.(mp3|wav|wave|flac|ogg|oga|opus|m4a|mp4|aac|aif|aiff)$/i;
 
-export function createReceiver({ storage, batches, sources, reader }: ReceiveDeps) {
+export function createReceiver({ storage, batches, sources, reader, maxRows }: ReceiveDeps) {
   /**
    * Goes on until the manifest is complete, the batch takes no more, or another process is at it too.
    * @param batch as it was; it may have changed since.
@@ -76,6 +78,7 @@ export function createReceiver({ storage, batches, sources, reader }: ReceiveDep
           chunk += 1;
           rows = [];
         }
+        if (rows.length === 0 && line >= maxRows) throw tooMany(bucket, prefix, maxRows);
         line += 1;
         rows.push({ line, ref: key, audio: { s3: { bucket, key, etag, size } } });
       }
@@ -109,6 +112,12 @@ const stepOf = (chunk: number, rows: readonly ManifestRow[], last: boolean) => (
   walked: rows.at(-1)!.ref!,
   last,
 });
+
+const tooMany = (bucket: string, prefix: string, maxRows: number) =>
+  new ProblemError(
+    'manifest_too_large',
+    `There are more than ${maxRows} audio files at s3://${bucket}/${prefix}: the first of them have run; walk longer prefixes for the others.`,
+  );
 
 const manifestGone = () =>
   new ProblemError(

@@ -226,6 +226,26 @@ describe('the rows of a batch', () => {
       assert.deepEqual(await endings(other), ['completed']);
     });
 
+    test('in another order, and scattered over many batches, are known too', async () => {
+      start();
+      const rows: ManifestRow[] = [];
+      for (let n = 0; n < 4; n += 1) {
+        const some = objects(60, { name: `scattered${n}` });
+        rows.push(...some);
+        await catalogue.ended(await catalogue.submit(some));
+      }
+      decoded = [];
+      const shuffled = rows.map((_, at) => rows[(at * 97) % rows.length]!);
+      const again = await catalogue.submit(shuffled);
+      assert.equal((await catalogue.ended(again)).reused, 240);
+      assert.equal(decoded.length, 0);
+      const [first] = await catalogue.checkWhole(again);
+      assert.equal(first!.ref, 'scattered0-0');
+      // Few of each: read one by one.
+      const few = await catalogue.submit(shuffled.slice(3, 11));
+      assert.equal((await catalogue.ended(few)).reused, 8);
+    });
+
     test('are done anew when their results were deleted', async () => {
       start();
       const rows = objects(20, { name: 'deleted' });

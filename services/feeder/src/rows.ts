@@ -11,13 +11,14 @@ import { InfrastructureFault, ProblemError } from '@acousticsense/shared/errors'
 import type { JobRecord } from '@acousticsense/shared/job';
 import { firstGeneration, firstState, type NewJobRecord, rowIndex } from '@acousticsense/shared/job-records';
 import type { ManifestRow } from '@acousticsense/shared/manifest';
-import { batchPrefix, timelineKey } from '@acousticsense/shared/object-keys';
+import { batchPrefix, partKey, timelineKey } from '@acousticsense/shared/object-keys';
 import type { BatchRow } from '@acousticsense/shared/pipeline';
 import type { SourceReader } from '@acousticsense/shared/source-reader';
 import type { SourceMatcher, Sources } from '@acousticsense/shared/sources';
-import { ObjectNotFound, type Storage } from '@acousticsense/shared/storage';
+import { ObjectChanged, ObjectNotFound, type Storage } from '@acousticsense/shared/storage';
 import { findUpload } from '@acousticsense/shared/uploads';
 import type { Logger } from 'pino';
+import { readPartRow } from './part-row.ts';
 import { answerKeysOf, endpoints, type Parts, selectionOf } from './parts.ts';
 
 export interface RowsDeps {
@@ -49,6 +50,9 @@ export type Rows = ReturnType<typeof createRows>;
 /** Why a source was not asked successfully just now: the decoder will ask again, with time and tries of its own. */
 const laterCodes = new Set(['source_unavailable']);
 const indexAgeMs = 5_000;
+const readsAtOnce = 32;
+/** Of one part, among the rows that are prepared at once: then it is read as a whole. */
+const manyOfPart = 10;
 
 export function createRows({ storage, sources, reader, index, parts, log, heads }: RowsDeps) {
   const readPart = rememberLast(parts.readPart, 8);
@@ -149,28 +153,51 @@ export function createRows({ storage, sources, reader, index, parts, log, heads 
     const found = index.find(batch.tenant, flat);
     const byKey = new Map(flat.map((key, at) => [key, found[at]]));
     const locators = keys.map((some) => some.map((key) => byKey.get(key)).find((l) => l !== undefined));
-    const answers: (Answer | undefined)[] = [];
-    for (const locator of locators) answers.push(locator && (await readAnswer(batch.tenant, locator)));
-    return answers;
+    return readAnswers(batch.tenant, locators);
   }
 
-  async function readAnswer(tenant: string, { batchId, chunk, row }: Locator): Promise<Answer | undefined> {
-    const found = await readRow(tenant, batchId, chunk, row);
+  async function readAnswers(
+    tenant: string,
+    locators: readonly (Locator | undefined)[],
+  ): Promise<(Answer | undefined)[]> {
+    const partOf = ({ batchId, chunk }: Locator) => `${batchId}/${chunk}`;
+    const wanted = new Map<string, number>();
+    for (const locator of locators)
+      if (locator) wanted.set(partOf(locator), (wanted.get(partOf(locator)) ?? 0) + 1);
+    const gate = createGate(readsAtOnce);
+    return Promise.all(
+      locators.map((locator) => {
+        if (locator === undefined) return undefined;
+        const many = wanted.get(partOf(locator))! >= manyOfPart;
+        return gate.pass(() => readAnswer(tenant, locator, many));
+      }),
+    );
+  }
+
+  async function readAnswer(
+    tenant: string,
+    { batchId, chunk, row }: Locator,
+    many: boolean,
+  ): Promise<Answer | undefined> {
+    const found = await unlessGone(batchId, chunk, async () =>
+      many
+        ? (await readPart(tenant, batchId, chunk))[row]
+        : readPartRow(storage, partKey(tenant, batchId, chunk), row),
+    );
     return found?.state === 'completed' ? { found, batch: { id: batchId, chunk, row } } : undefined;
   }
 
-  /** @returns undefined when it is not stored any more, or not to be read: then it is worked out anew. */
-  async function readRow(
-    tenant: string,
+  /** @returns undefined when a part is not stored any more, or not to be read: then the row is worked out anew. */
+  async function unlessGone<T>(
     batchId: string,
     chunk: number,
-    row: number,
-  ): Promise<PartRow | undefined> {
+    read: () => Promise<T>,
+  ): Promise<T | undefined> {
     try {
-      return (await readPart(tenant, batchId, chunk))[row];
+      return await read();
     } catch (error) {
       if (error instanceof InfrastructureFault) throw error;
-      if (!(error instanceof ObjectNotFound))
+      if (!(error instanceof ObjectNotFound || error instanceof ObjectChanged))
         log.error({ err: error, batchId, chunk }, 'part cannot be read');
       return undefined;
     }
@@ -193,7 +220,7 @@ export function createRows({ storage, sources, reader, index, parts, log, heads 
       // Of a retry: under another generation its queue jobs have ids of their own.
       generation: firstGeneration(batch.round),
       createdAt: Date.now(),
-      traceparent: `00-${randomBytes(16).toString('hex')}-${randomBytes(8).toString('hex')}-01`,
+      traceparent: newTraceparent(),
       modelDigest: batch.modelDigest,
       modelName: batch.modelName,
       modelVersion: batch.modelVersion,
@@ -232,7 +259,9 @@ export function createRows({ storage, sources, reader, index, parts, log, heads 
   /** What the repeated run decoded, when the new model reads the same tensors. A tensor that is gone is made again. */
   async function tensorOf(batch: BatchRecord, { chunk, row }: ChunkRow): Promise<JobRecord['decoded']> {
     if (batch.tensorsOf === undefined) return undefined;
-    return (await readRow(batch.tenant, batch.tensorsOf, chunk, row))?.decoded;
+    const { tenant, tensorsOf } = batch;
+    const part = await unlessGone(tensorsOf, chunk, () => readPart(tenant, tensorsOf, chunk));
+    return part?.[row]?.decoded;
   }
 
   return { prepare };
@@ -247,6 +276,11 @@ const lastOf = (path: string): string => {
   const name = path.split(/[?#]/)[0]!.split('/').at(-1) ?? '';
   return [...name].slice(0, 255).join('') || 'unnamed';
 };
+
+function newTraceparent(): string {
+  const hex = randomBytes(24).toString('hex');
+  return `00-${hex.slice(0, 32)}-${hex.slice(32)}-01`;
+}
 
 /** So many at a time; who comes first goes first. */
 interface Gate {

@@ -23,7 +23,7 @@ export interface FeederParts {
   readonly signal: AbortSignal;
   readonly config: Pick<
     FeederConfig,
-    'retention' | 'factor' | 'openChunks' | 'heads' | 'resultRetentionMs' | 'resultsKept'
+    'retention' | 'factor' | 'openChunks' | 'heads' | 'maxRows' | 'resultRetentionMs' | 'resultsKept'
   >;
 }
 

@@ -24,7 +24,7 @@ import {
 import { type Bundle, loadBundle } from '@acousticsense/shared/bundle';
 import { ProblemError } from '@acousticsense/shared/errors';
 import type { Decoded, JobRecord, Outcome } from '@acousticsense/shared/job';
-import { keys, rowIndex } from '@acousticsense/shared/job-records';
+import { keys } from '@acousticsense/shared/job-records';
 import { chunkRows, encodeChunk, type ManifestRow } from '@acousticsense/shared/manifest';
 import { batchKey, chunkKey, partKey } from '@acousticsense/shared/object-keys';
 import { stages } from '@acousticsense/shared/pipeline';
@@ -38,7 +38,7 @@ import { Registry } from 'prom-client';
 import { startRedis } from '../../../../test/redis.ts';
 import { type FeederParts, wireFeeder } from '../wiring.ts';
 
-export const retention = { resultSeconds: 3_600, events: 1_000 };
+const retention = { resultSeconds: 3_600, events: 1_000 };
 const testSecrets = Buffer.alloc(32, 'test').toString('base64');
 
 export type TestCatalogue = Awaited<ReturnType<typeof startCatalogue>>;
@@ -139,6 +139,7 @@ export async function startCatalogue({ appendOnly = false } = {}) {
           factor: 4,
           openChunks: 16,
           heads: 32,
+          maxRows: 1_000_000,
           resultRetentionMs: 30 * 86_400_000,
           resultsKept: 0,
         },
@@ -370,7 +371,7 @@ export async function startCatalogue({ appendOnly = false } = {}) {
 }
 
 /** A service that is nothing but what its parts need of one. */
-export function fakeService(closers: (() => unknown)[]): Service {
+function fakeService(closers: (() => unknown)[]): Service {
   return {
     log: pino({ level: 'silent' }),
     registry: new Registry(),
@@ -399,10 +400,7 @@ export const failsSome: Work = async ({ record }) => {
     throw new ProblemError('not_audio', 'This is no audio.');
 };
 
-export const placeOf = (row: number) => ({ chunk: Math.floor(row / chunkRows), row: row % chunkRows });
-export const indexOf = rowIndex;
-
-export function decodedOf({ tenant, id, profileHash }: JobRecord): Decoded {
+function decodedOf({ tenant, id, profileHash }: JobRecord): Decoded {
   const sha256 = id.replaceAll('-', '').padEnd(64, '0');
   return {
     contentId: sha256,
@@ -425,7 +423,7 @@ export function decodedOf({ tenant, id, profileHash }: JobRecord): Decoded {
 }
 
 /** The same for the same job, another for another. */
-export function outcomeOf({ id }: JobRecord, { manifest }: Bundle): Outcome {
+function outcomeOf({ id }: JobRecord, { manifest }: Bundle): Outcome {
   const { length } = manifest.labels;
   const best = Number.parseInt(id.slice(-4), 16) % length;
   const probabilities = manifest.labels.map((_, label) => (label === best ? 0.75 : 0.25 / (length - 1)));

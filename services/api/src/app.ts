@@ -21,6 +21,7 @@ import type { Batches } from './batches.ts';
 import type { Changes } from './changes.ts';
 import type { ApiConfig } from './config.ts';
 import { extras, readExtra } from './extras.ts';
+import { refuseMethod } from './http-refusals.ts';
 import type { Idempotency } from './idempotency.ts';
 import { type Jobs, parseOptions } from './jobs.ts';
 import { type Limits, limitRequests } from './limits.ts';
@@ -192,13 +193,7 @@ export function createApp(deps: AppDeps): Express {
     [['cancel', 'pause', 'resume', 'retry-failed'].map((what) => `/v1/batches/:id/${what}`), 'POST'],
     [['/v1/mappings/:name'], 'PUT, DELETE'],
   ] as const) {
-    app.all([...at], (request, response) => {
-      response.set('allow', allowed);
-      throw new ProblemError(
-        'method_not_allowed',
-        `${request.method} is not served at ${request.path}; see /openapi.json.`,
-      );
-    });
+    app.all([...at], refuseMethod(allowed));
   }
   app.use(
     express.static(config.webDirectory, {

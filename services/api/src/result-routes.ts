@@ -8,6 +8,7 @@ import { auditBatch } from './batch-audit.ts';
 import type { Diff } from './batch-diff.ts';
 import { type Cell, csvLine } from './csv-lines.ts';
 import { extras } from './extras.ts';
+import { refuseMethod } from './http-refusals.ts';
 import { parseOptions } from './jobs.ts';
 import {
   type Audit,
@@ -171,13 +172,7 @@ export function createResultRoutes({ results, diff, tenantOf, closing }: ResultR
       ...batchPaths.map((name) => `/v1/batches/:id/${name}`),
       ...[row, `${row}/timeline`, ...extras.map((extra) => `${row}/${extra}`)],
     ],
-    (request, response) => {
-      response.set('allow', 'GET, HEAD');
-      throw new ProblemError(
-        'method_not_allowed',
-        `${request.method} is not served at ${request.path}; see /openapi.json.`,
-      );
-    },
+    refuseMethod('GET, HEAD'),
   );
   return router;
 }

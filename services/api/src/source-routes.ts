@@ -9,8 +9,9 @@ import {
   sourceNameSchema,
   sourceSchema,
 } from '@acousticsense/shared/sources';
-import express, { type Request, type Response, type Router } from 'express';
+import express, { type Response, type Router } from 'express';
 import { z } from 'zod';
+import { jsonBodyOf, refuseMethod } from './http-refusals.ts';
 import { parseOptions } from './jobs.ts';
 
 export const sourceQuerySchema = z.strictObject({
@@ -58,7 +59,7 @@ export function createSourceRoutes({ sources, reader, tenantOf }: SourceRoutesDe
   router.put('/v1/sources/:name', express.json({ limit: maxJsonBytes }), async (request, response) => {
     const { verify } = parseOptions(sourceQuerySchema, request.query);
     const { name } = parseOptions(z.object({ name: sourceNameSchema }), request.params);
-    const definition = parseOptions(sourceDefinitionSchema, bodyOf(request));
+    const definition = parseOptions(sourceDefinitionSchema, jsonBodyOf(request, 'the source'));
     const prepared = await sources.prepare(tenantOf(response), name, definition);
     const verification = verify === 'true' ? { firstKey: (await checked(prepared)) ?? null } : undefined;
     const { source, isNew } = await sources.save(prepared);
@@ -79,8 +80,8 @@ export function createSourceRoutes({ sources, reader, tenantOf }: SourceRoutesDe
     response.status(204).end();
   });
 
-  router.all('/v1/sources', refuse('GET, HEAD'));
-  router.all('/v1/sources/:name', refuse('GET, HEAD, PUT, DELETE'));
+  router.all('/v1/sources', refuseMethod('GET, HEAD'));
+  router.all('/v1/sources/:name', refuseMethod('GET, HEAD, PUT, DELETE'));
   return router;
 
   /** @throws {ProblemError} source_*: what the source said. */
@@ -113,23 +114,4 @@ function notVerified(code: ProblemError['code'], message: string, cause: unknown
 
 function notRegistered(name: string): ProblemError {
   return new ProblemError('not_found', `No source is registered under the name "${name.slice(0, 63)}".`);
-}
-
-/** @throws {ProblemError} wrong_content_type */
-function bodyOf(request: Request): unknown {
-  if (request.is('application/json')) return request.body;
-  throw new ProblemError(
-    'wrong_content_type',
-    'Send the source as JSON, with content-type application/json.',
-  );
-}
-
-function refuse(allowed: string) {
-  return (request: Request, response: Response) => {
-    response.set('allow', allowed);
-    throw new ProblemError(
-      'method_not_allowed',
-      `${request.method} is not served at ${request.path}; see /openapi.json.`,
-    );
-  };
 }

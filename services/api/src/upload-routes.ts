@@ -1,6 +1,6 @@
 /** Uploads by HTTP: which path does what. */
-import { ProblemError } from '@acousticsense/shared/errors';
-import express, { type Request, type Response, type Router } from 'express';
+import express, { type Response, type Router } from 'express';
+import { jsonBodyOf, refuseMethod } from './http-refusals.ts';
 import { parseOptions } from './jobs.ts';
 import { uploadCompletionSchema, uploadPartsQuerySchema, uploadRequestSchema } from './schemas.ts';
 import { tusPath } from './tus.ts';
@@ -19,11 +19,15 @@ export function createUploadRoutes(uploads: Uploads, tenantOf: (response: Respon
       uploads.handleTus(request, response, tenantOf(response)),
     );
   }
-  router.all([tusPath, `${tusPath}/:id`], refuse('OPTIONS, POST, HEAD, PATCH, DELETE'));
+  router.all([tusPath, `${tusPath}/:id`], refuseMethod('OPTIONS, POST, HEAD, PATCH, DELETE'));
 
   router.post('/v1/uploads', json, async (request, response) => {
     const tenant = tenantOf(response);
-    const { size, filename, parts: wished } = parseOptions(uploadRequestSchema, bodyOf(request));
+    const {
+      size,
+      filename,
+      parts: wished,
+    } = parseOptions(uploadRequestSchema, jsonBodyOf(request, 'the request'));
     const { id, record } = await uploads.beginPresigned(tenant, size, filename, wished);
     const parts = await uploads.signParts(tenant, id, record, 0);
     const upload = uploads.present(id, record);
@@ -58,37 +62,18 @@ export function createUploadRoutes(uploads: Uploads, tenantOf: (response: Respon
   });
 
   router.post('/v1/uploads/:id/complete', json, async (request, response) => {
-    const { parts } = parseOptions(uploadCompletionSchema, bodyOf(request));
+    const { parts } = parseOptions(uploadCompletionSchema, jsonBodyOf(request, 'the request'));
     const { id } = request.params;
     response.json(uploads.present(id, await uploads.complete(tenantOf(response), id, parts)));
   });
 
-  router.all('/v1/uploads', refuse('POST'));
-  router.all('/v1/uploads/:id', refuse('GET, HEAD, DELETE'));
-  router.all('/v1/uploads/:id/parts', refuse('GET, HEAD'));
-  router.all('/v1/uploads/:id/complete', refuse('POST'));
+  router.all('/v1/uploads', refuseMethod('POST'));
+  router.all('/v1/uploads/:id', refuseMethod('GET, HEAD, DELETE'));
+  router.all('/v1/uploads/:id/parts', refuseMethod('GET, HEAD'));
+  router.all('/v1/uploads/:id/complete', refuseMethod('POST'));
   return router;
 }
 
 function nextLink(id: string, last: number, count: number): { next?: string } {
   return last < count ? { next: `/v1/uploads/${id}/parts?after=${last}` } : {};
-}
-
-/** @throws {ProblemError} wrong_content_type */
-function bodyOf(request: Request): unknown {
-  if (request.is('application/json')) return request.body;
-  throw new ProblemError(
-    'wrong_content_type',
-    'Send the request as JSON, with content-type application/json.',
-  );
-}
-
-function refuse(allowed: string) {
-  return (request: Request, response: Response) => {
-    response.set('allow', allowed);
-    throw new ProblemError(
-      'method_not_allowed',
-      `${request.method} is not served at ${request.path}; see /openapi.json.`,
-    );
-  };
 }

@@ -2,7 +2,6 @@
 import { Readable } from 'node:stream';
 import { pipeline } from 'node:stream/promises';
 import { setImmediate as turn } from 'node:timers/promises';
-import { ProblemError } from '@acousticsense/shared/errors';
 import express, { type Request, type Response, type Router } from 'express';
 import { auditBatch } from './batch-audit.ts';
 import type { Diff } from './batch-diff.ts';

@@ -609,14 +609,14 @@ describe('an upload by signed URLs', () => {
   });
 
   test('by an expired URL is refused; new URLs can be asked for', async () => {
-    await using brief = await serve(storage, { uploadUrlMs: 1_000 });
+    await using brief = await serve(storage, { uploadUrlMs: 4_000 });
     const answer = await fetch(`${brief.url}/v1/uploads`, {
       method: 'POST',
       headers: { 'content-type': 'application/json' },
       body: JSON.stringify({ size: 10 }),
     });
     const upload = (await answer.json()) as UploadResource & { parts: UploadPart[] };
-    await sleep(2_100);
+    await sleep(5_100);
     const late = await fetch(upload.parts[0]!.url, { method: 'PUT', body: randomBytes(10) });
     assert.equal(late.status, 403);
     const again = await fetch(`${brief.url}${upload.links.parts}`);

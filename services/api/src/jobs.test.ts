@@ -8,7 +8,7 @@ import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { type TestContext, test } from 'node:test';
 import { pathToFileURL } from 'node:url';
-import { createBatchRecords } from '@acousticsense/shared/batch-records';
+import { createBatchRecords, rowJobId } from '@acousticsense/shared/batch-records';
 import { InfrastructureFault, ProblemError } from '@acousticsense/shared/errors';
 import type { JobRecord } from '@acousticsense/shared/job';
 import { createJobRecords } from '@acousticsense/shared/job-records';
@@ -244,6 +244,32 @@ test('deleting a finished job deletes all that was stored beside its result', as
   assert.equal((await stored()).length, 5);
   assert.equal(await jobs.cancelOrDelete('acme', id), undefined);
   assert.deepEqual(await stored(), [audioKey({ tenant: 'acme', id: other.id })]);
+});
+
+test('the result of a row of a batch is not deleted alone: its chunk is written from it', async (t) => {
+  await using server = await startRedis();
+  const { jobs, records, send } = await acceptJobs(t, server, oldDescription);
+  const { modelDigest, modelName, modelVersion, profileHash, ...job } = await send();
+  const redis = connectRedis(server.url);
+  t.after(() => redis.disconnect());
+  await once(redis, 'ready');
+  const batches = createBatchRecords(redis, { resultSeconds: 60, events: 10 });
+  const id = randomUUIDv7();
+  const of = { modelDigest, modelName, modelVersion, profileHash };
+  await batches.create({
+    ...{ ...of, id, tenant: 'acme', name: undefined, state: 'running', origin: { kind: 'manifest' } },
+    ...{ class: 'backfill', selection: job.selection, presentation: job.presentation, extras: undefined },
+    ...{ traceparent: job.traceparent, tensorsOf: undefined, mapped: false, force: false, revision: 1 },
+  });
+  await batches.append({ tenant: 'acme', id }, { chunk: 0, rows: 1, bad: 0, last: true });
+  await batches.open({ tenant: 'acme', id }, { chunk: 0 });
+  const jobId = rowJobId(id, 0);
+  await records.create({ ...job, ...of, id: jobId, batch: { id, chunk: 0, row: 0 }, state: 'completed' });
+  await assert.rejects(
+    jobs.cancelOrDelete('acme', jobId),
+    (error) => error instanceof ProblemError && error.code === 'batch_state',
+  );
+  assert.equal((await records.get('acme', jobId))?.state, 'completed');
 });
 
 test('a job of a finished upload reads it where it lies, and deleting the job leaves it there', async (t) => {

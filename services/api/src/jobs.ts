@@ -248,11 +248,18 @@ export function createJobs(deps: JobsDeps) {
   /**
    * An unfinished job is cancelled and its record stays to say so; a finished one is deleted with all that it
    * left. @returns the cancelled job, or undefined when the job was deleted.
+   * @throws {ProblemError} batch_state: a row's result is the batch's, which writes it when its chunk has ended.
    */
   async function cancelOrDelete(tenant: string, id: string): Promise<JobRecord | undefined> {
     for (;;) {
       const record = await get(tenant, id);
       if (isFinished(record.state)) {
+        if (record.batch) {
+          throw new ProblemError(
+            'batch_state',
+            `This job is a row of the batch ${record.batch.id}: its result is deleted with the batch.`,
+          );
+        }
         await deleteObjects(record);
         await records.remove(tenant, id);
         log.info({ jobId: id }, 'deleted');

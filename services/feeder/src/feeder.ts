@@ -43,7 +43,7 @@ export interface FeederDeps extends FeedDeps {
 
 /** Rows that a tenant of weight 1 hands over in a turn: while there is little room, others wait for as many. */
 const quantum = 8;
-/** Handed over at a time, and in a round: between rounds there is a look at what has changed. */
+/** Handed over at a time, and to one model in a round: between rounds there is a look at what has changed. */
 const groupRows = 200;
 const roundRows = 1_000;
 /** How often the tenants that have batches are looked at, at most; and everybody, for who is new. */
@@ -170,19 +170,20 @@ export function createFeeder(deps: FeederDeps) {
   }
 
   async function feed(): Promise<boolean> {
-    let fed = 0;
+    let busy = false;
     for (const [model, waiting] of waitingByModel()) {
       const room = await measureRoom(queues, pools.get(model), deps.factor);
       const whose = turns.get(model) ?? createTurns(quantum, (tenant) => weights.get(tenant) ?? 1);
       turns.set(model, whose);
-      while (fed < roundRows) {
+      for (let fed = 0; fed < roundRows; ) {
         const taken = takeGroup(waiting, whose, room);
         if (taken.length === 0) break;
         fed += taken.length;
+        busy = true;
         await handOver(taken);
       }
     }
-    return fed > 0;
+    return busy;
   }
 
   /** Feeds that have rows ready, by model and tenant, in the order in which a tenant's go. */

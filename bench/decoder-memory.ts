@@ -70,7 +70,7 @@ async function measure(ending: 'mp3' | 'flac', length: number): Promise<void> {
   watching = false;
   await watch;
   if (job.state !== 'completed') throw new Error(JSON.stringify(job.error));
-  const bytes = await redis.memory('USAGE', `as:{default}:job:${job.id}`);
+  const bytes = await redis.memory('USAGE', `as:{default}:job:${job.id}`, 'SAMPLES', 0);
   const columns: [string | number, number][] = [
     [Math.round((await stat(file)).size / 1e6), 9],
     [job.result?.windows.length ?? 0, 9],
@@ -87,12 +87,15 @@ async function measure(ending: 'mp3' | 'flac', length: number): Promise<void> {
   await rm(file);
 }
 
-/** Two tones that wander, so that no window is like another; cheap to make and to compress. */
+/** A minute of two tones that wander, over and over: cheap to make and to compress. */
 async function record(file: string, seconds: number): Promise<void> {
   const wave = (hz: number, beat: number) =>
     `0.3*sin(2*PI*${hz}*t+40*sin(${beat}*t))+0.02*sin(2*PI*${7 * hz}*t)`;
-  const source = `aevalsrc='${wave(220, 0.31)}|${wave(330, 0.23)}':s=44100:d=${seconds}`;
-  await ffmpeg('-f', 'lavfi', '-i', source, '-b:a', '128k', '-compression_level', '1', file);
+  const source = `aevalsrc='${wave(220, 0.31)}|${wave(330, 0.23)}':s=44100:d=60`;
+  const minute = path.join(directory, 'minute.wav');
+  await ffmpeg('-f', 'lavfi', '-i', source, minute);
+  const loop = ['-stream_loop', '-1', '-i', minute, '-t', String(seconds)];
+  await ffmpeg(...loop, '-b:a', '128k', '-compression_level', '1', file);
 }
 
 async function residentMegabytes(pid: number): Promise<number> {

@@ -311,9 +311,10 @@ export function createBatches(deps: BatchesDeps) {
       return change(tenant, id, 'cancel');
     }
     const now = Date.now();
-    // The tombstone first: from then on nothing of it is found, however much is still there.
+    // First the step that decides: it may be tried again at this moment. What follows and is cut off, the feeder's
+    // retention brings to its end.
+    if ((await batches.remove({ tenant, id }, now)).outcome === 'refused') return remove(tenant, id);
     await index.writeTombstone(tenant, id, now);
-    await batches.remove({ tenant, id }, now);
     await deletePrefix(storage, batchPrefix(tenant, id));
     log.info({ batchId: id }, 'batch deleted');
     return undefined;

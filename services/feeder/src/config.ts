@@ -8,11 +8,11 @@ const schema = z.object({
   /** Where /healthz, /readyz and /metrics are served; port 0 takes a free one. */
   METRICS_HOST: z.string().default('127.0.0.1'),
   METRICS_PORT: z.coerce.number().int().min(0).max(65_535).default(0),
-  /** Rows of batches in the queues, as a multiple of what the workers hold at a time. */
+  /** Rows of batches in a queue, as a multiple of what its workers hold at a time. */
   FEED_FACTOR: z.coerce.number().min(1).max(1_000).default(4),
   /** Chunks of 1,000 rows that a batch has in Redis at a time. */
   FEED_OPEN_CHUNKS: z.coerce.number().int().min(1).max(1_000).default(16),
-  /** Requests to source buckets at a time, for the ETags of rows that come without. */
+  /** Requests to source buckets at a time, of each tenant, for the ETags of rows that come without. */
   FEED_HEADS: z.coerce.number().int().min(1).max(1_024).default(32),
   /** Of a manifest; here, of a prefix that is walked, rounded up to whole chunks. */
   MAX_BATCH_ROWS: z.coerce.number().int().positive().default(1_000_000),

@@ -102,7 +102,7 @@ export function createFeeder(deps: FeederDeps) {
     busy = new Set(
       tenants.filter((_, at) => Object.values(pending[at]!).some((errands) => errands.length > 0)),
     );
-    for (const tenant of busy) weights.set(tenant, await deps.weightOf(tenant));
+    await Promise.all([...busy].map(async (tenant) => weights.set(tenant, await deps.weightOf(tenant))));
 
     const refs = pending.flatMap(({ active }, at) => active.map((id) => ({ tenant: tenants[at]!, id })));
     const found = await Promise.all(refs.map(read));

@@ -88,14 +88,13 @@ export function createRetention(deps: RetentionDeps) {
   }
 
   /**
-   * The tombstone first: from then on nothing of the batch is found, however much of it is still there.
+   * First the step that decides: from then on nobody finds the batch. The tombstone lets nobody find its results; what
+   * of its objects a process that dies here leaves, the next sweep deletes.
    * @returns false for a batch that is being tried again.
    */
   async function remove(tenant: string, id: string, deletedAt: number): Promise<boolean> {
-    const live = await batches.get({ tenant, id });
-    if (live && !isEnded(live.state)) return false;
-    await index.writeTombstone(tenant, id, deletedAt);
     if ((await batches.remove({ tenant, id }, deletedAt)).outcome === 'refused') return false;
+    await index.writeTombstone(tenant, id, deletedAt);
     await deletePrefix(storage, batchPrefix(tenant, id));
     return true;
   }

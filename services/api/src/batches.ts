@@ -291,7 +291,8 @@ export function createBatches(deps: BatchesDeps) {
   /** Rows that failed are tried again, and only they. */
   async function retryFailed(tenant: string, id: string): Promise<BatchRecord> {
     const before = await stored.read(tenant, id);
-    if (before.failed === 0 && isEnded(before.state)) return before;
+    // A walk or a copy that broke off has failed as a whole.
+    if (before.failed === 0 && before.error === undefined && isEnded(before.state)) return before;
     const result = await batches.retry({ tenant, id }, await batches.nextRevision(tenant));
     if (result.outcome === 'missing')
       throw new ProblemError('batch_state', 'The batch ended too long ago: repeat it with "rerunOf".');

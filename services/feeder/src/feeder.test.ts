@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict';
 import { after, afterEach, before, describe, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
+import { batchPrefix, vectorsKey } from '@acousticsense/shared/object-keys';
 import { createTenants } from '@acousticsense/shared/tenants';
 import { failsSome, objects, startCatalogue, type TestCatalogue, type Work } from './testing/catalogue.ts';
 
@@ -138,6 +139,7 @@ describe('the feeder', () => {
     const aborted: string[] = [];
     const hangs: Work = async ({ record }, signal) => {
       if (!record.audio.filename.startsWith('hang')) return;
+      await catalogue.storage.put(vectorsKey(record), Buffer.from('{}'));
       begun.push(record.id);
       await new Promise((resolve) => signal.addEventListener('abort', resolve, { once: true }));
       aborted.push(record.id);
@@ -158,6 +160,9 @@ describe('the feeder', () => {
     for (let n = 0; n < 200 && (await catalogue.queued()) > 0; n += 1) await sleep(20);
     assert.equal(await catalogue.queued(), 0);
     assert.deepEqual(aborted.sort(), begun.sort());
+    // What their workers had written went with them, though the records went before.
+    for await (const { key } of catalogue.storage.list(`${batchPrefix('acme', batch.id)}rows/`))
+      assert.fail(key);
   });
 
   test('a cancel at any moment ends all rows once', async () => {

@@ -37,7 +37,7 @@ export const inputFactsSchema = z.strictObject({
 export type InputFacts = z.infer<typeof inputFactsSchema>;
 
 /** A result in Redis stays under 4 kB: the windows of a longer recording lie in an object. */
-export const inlineWindows = 4;
+export const inlineWindows = 3;
 
 /** What the decoder hands on, committed with the state `decoded`. */
 export const decodedSchema = z.strictObject({

@@ -22,7 +22,10 @@ test('a service imports only itself and packages, a package no service', () => {
       const own = workspaceOf(file);
       const target = specifier.startsWith('.')
         ? workspaceOf(path.join(path.dirname(file), specifier))
-        : specifier.replace(/^@acousticsense\/(api|decoder|inference|web|fetch|feeder|webhook)\b.*/, 'services/$1');
+        : specifier.replace(
+            /^@acousticsense\/(api|decoder|inference|web|fetch|feeder|webhook)\b.*/,
+            'services/$1',
+          );
       const leavesItself = specifier.startsWith('.') && target !== own;
       const entersService = target.startsWith('services/') && target !== own;
       if (leavesItself || entersService) offences.push(`${file} imports ${specifier}`);

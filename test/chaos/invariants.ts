@@ -79,7 +79,7 @@ export async function whatIsWrong(remains: Remains, accepted: readonly Accepted[
 }
 
 /** The rows of all parts that are written. */
-export async function rowsOf(
+async function rowsOf(
   storage: Storage,
   batch: Pick<BatchRecord, 'tenant' | 'id' | 'opened'>,
 ): Promise<PartRow[]> {
@@ -102,7 +102,7 @@ export interface Heard {
   readonly verdict: string | undefined;
 }
 
-export async function heardOf(storage: Storage, tenant: string, row: PartRow): Promise<Heard> {
+async function heardOf(storage: Storage, tenant: string, row: PartRow): Promise<Heard> {
   const { outcome, decoded, error, jobId, state, verdict } = row;
   let windows = outcome?.windows;
   if (outcome && windows === undefined) {
@@ -142,7 +142,7 @@ export async function answersOf(
  * Probabilities are stored with 6 decimals. With which other windows a window shares a batch decides in which order the
  * graph's sums are rounded, so the last decimal is not the same in every run; nothing else may differ.
  */
-export const roundingTolerance = 2e-6;
+const roundingTolerance = 2e-6;
 
 /** @returns a sentence for each ref whose answers differ by more than rounding does. */
 export function differences(

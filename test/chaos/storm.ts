@@ -47,7 +47,7 @@ export interface StormOptions extends SystemOptions {
 }
 
 /** How long locks, the check for stalled jobs and a sweep of the reconciler may take. */
-export const sweepMs = 30_000;
+const sweepMs = 30_000;
 
 export async function openStorm({
   tracks = shortTracks(24),

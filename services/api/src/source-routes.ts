@@ -14,7 +14,7 @@ import { z } from 'zod';
 import { jsonBodyOf, refuseMethod } from './http-refusals.ts';
 import { parseOptions } from './jobs.ts';
 
-export const sourceQuerySchema = z.strictObject({
+const sourceQuerySchema = z.strictObject({
   verify: z
     .enum(['true', 'false'], 'must be true or false')
     .default('true')

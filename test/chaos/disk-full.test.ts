@@ -10,7 +10,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { pathToFileURL } from 'node:url';
 import { openStorage } from '../../packages/shared/src/open-storage.ts';
 import { isOver } from './catalogue.ts';
-import { openStorm, until } from './storm.ts';
+import { openStorm, shortTracks, until } from './storm.ts';
 
 /** A file system of its own, in memory. @returns undefined when this user may not mount. */
 function mountSmall(size: string): { directory: string; unmount(): void } | undefined {
@@ -33,6 +33,9 @@ function mountSmall(size: string): { directory: string; unmount(): void } | unde
   };
 }
 
+/** So many, one at a time, that most of them still wait when the disk is full. */
+const many = { tracks: shortTracks(60), env: { DECODE_CONCURRENCY: '1' } };
+
 const tried = mountSmall('1m');
 tried?.unmount();
 
@@ -45,7 +48,11 @@ describe('a batch survives a full disk', { skip: tried === undefined && 'only ro
 
   test('of the storage', async () => {
     const storageUrl = pathToFileURL(path.join(disk.directory, 'objects')).href;
-    await using storm = await openStorm({ storageUrl, storage: () => openStorage(storageUrl) });
+    await using storm = await openStorm({
+      storageUrl,
+      storage: () => openStorage(storageUrl),
+      ...many,
+    });
     const caller = await storm.newCaller();
     const { id } = await caller.submit();
     await until('some rows are answered', async () => (await caller.read(id)).counts.completed > 3);
@@ -59,7 +66,7 @@ describe('a batch survives a full disk', { skip: tried === undefined && 'only ro
 
   test("of the decoder's scratch files", async () => {
     const scratch = path.join(disk.directory, 'scratch');
-    await using storm = await openStorm({ env: { SCRATCH_DIR: scratch } });
+    await using storm = await openStorm({ env: { SCRATCH_DIR: scratch, ...many.env }, tracks: many.tracks });
     const caller = await storm.newCaller();
     const { id } = await caller.submit();
     await until('some rows are answered', async () => (await caller.read(id)).counts.completed > 3);

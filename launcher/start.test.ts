@@ -107,7 +107,14 @@ describe('npm start', () => {
     const [, printed] = await running.printed(/^Running on local URL: (\S+)$/m);
     assert.equal(printed, `http://localhost:${port}`);
     assert.equal((await fetch(`${url()}/readyz`)).status, 200);
-    assert.deepEqual(Object.keys(run().processes).sort(), ['api', 'decoder', 'fetch', 'inference', 'redis']);
+    assert.deepEqual(Object.keys(run().processes).sort(), [
+      'api',
+      'decoder',
+      'feeder',
+      'fetch',
+      'inference',
+      'redis',
+    ]);
     const job = await finished(url(), (await upload(url(), song)).id);
     assert.equal(job.state, 'completed');
     jobId = job.id;
@@ -132,7 +139,7 @@ describe('npm start', () => {
     await rm(other, { recursive: true });
   });
 
-  for (const name of ['decoder', 'inference', 'fetch', 'redis', 'api']) {
+  for (const name of ['decoder', 'inference', 'fetch', 'feeder', 'redis', 'api']) {
     test(`a killed ${name} process is started again, and the next song gets its genres`, async () => {
       const killed = run().processes[name]!.pid;
       process.kill(killed, 'SIGKILL');

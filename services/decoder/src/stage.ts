@@ -213,7 +213,8 @@ export function createDecodeStage({
     ]);
     for (const put of puts) if (put.status === 'rejected') throw put.reason;
     const sidecar: Sidecar = { v: 1, frontEnd: frontEndVersion, profileHash, windows, input, warnings };
-    await storage.put(`${key}.json`, Buffer.from(JSON.stringify(sidecar)), signal);
+    // Even when the job was cancelled just now: a tensor without its sidecar would be of no use to anybody.
+    await storage.put(`${key}.json`, Buffer.from(JSON.stringify(sidecar)));
   }
 }
 

@@ -9,9 +9,9 @@
  * One process at a time does it, by a lease in Redis. Doing it twice would be harmless: adds are idempotent and
  * deletes too.
  */
-import { randomUUID } from 'node:crypto';
 import { InfrastructureFault } from '@acousticsense/shared/errors';
 import { firstState, type JobRecords, refOf } from '@acousticsense/shared/job-records';
+import { createLease } from '@acousticsense/shared/lease';
 import { hourPrefix, jobPrefix, tensorPrefix } from '@acousticsense/shared/object-keys';
 import { isFinished, stageOf } from '@acousticsense/shared/pipeline';
 import type { Backlog, Queues } from '@acousticsense/shared/queues';
@@ -64,7 +64,7 @@ export type Reconciler = ReturnType<typeof createReconciler>;
 
 export function createReconciler(deps: ReconcilerDeps) {
   const { redis, records, queues, storage, log } = deps;
-  const me = randomUUID();
+  const lease = createLease(redis, leaseKey, Math.max(60_000, deps.reconcileMs * 3));
   let backlogs: Backlog[] = [];
   let timer: NodeJS.Timeout | undefined;
   let running: Promise<void> = Promise.resolve();
@@ -258,13 +258,10 @@ export function createReconciler(deps: ReconcilerDeps) {
   }
 
   async function round(): Promise<void> {
-    const leaseMs = Math.max(60_000, deps.reconcileMs * 3);
-    const taken = await redis.set(leaseKey, me, 'PX', leaseMs, 'NX');
-    if (taken === null && (await redis.get(leaseKey)) !== me) {
+    if (!(await lease.hold())) {
       backlogs = [];
       return;
     }
-    await redis.pexpire(leaseKey, leaseMs);
     await lookAtBacklogs();
     await restoreQueueJobs();
     await sweepRecords();
@@ -291,7 +288,7 @@ export function createReconciler(deps: ReconcilerDeps) {
       clearTimeout(timer);
       timer = undefined;
       await running;
-      if ((await redis.get(leaseKey).catch(() => null)) === me) await redis.del(leaseKey).catch(() => {});
+      await lease.release().catch(() => {});
     },
   };
 }

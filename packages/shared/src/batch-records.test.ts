@@ -23,8 +23,8 @@ import {
   firstGeneration,
   type JobRecords,
   keys,
-  rowIndex,
 } from './job-records.ts';
+import { rowIndex } from './manifest.ts';
 import type { JobState } from './pipeline.ts';
 import { connectRedisForWorker } from './redis.ts';
 

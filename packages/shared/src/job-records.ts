@@ -5,7 +5,7 @@
 import { readFileSync } from 'node:fs';
 import type { Redis } from 'ioredis';
 import { type JobRecord, jobRecordSchema } from './job.ts';
-import { chunkRows } from './manifest.ts';
+import { rowIndex } from './manifest.ts';
 import { type BatchRow, type JobState, openStates } from './pipeline.ts';
 import { withRedis } from './redis.ts';
 
@@ -339,9 +339,6 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
     tenants: () => withRedis(() => redis.smembers(keys.tenants)),
   };
 }
-
-/** From 0, through the whole batch. */
-export const rowIndex = ({ chunk, row }: Pick<BatchRow, 'chunk' | 'row'>): number => chunk * chunkRows + row;
 
 /**
  * Every round of tries of a batch's rows has generations of its own, with room for what starts over within it: queue

@@ -5,9 +5,13 @@
 import { isUtf8 } from 'node:buffer';
 import { z } from 'zod';
 import { selectionSchema, sourceObjectSchema } from './job.ts';
+import type { BatchRow } from './pipeline.ts';
 
 /** Rows of a chunk; the last one of a batch has fewer. */
 export const chunkRows = 1_000;
+
+/** Within the whole batch, from 0. */
+export const rowIndex = ({ chunk, row }: Pick<BatchRow, 'chunk' | 'row'>): number => chunk * chunkRows + row;
 
 /** `s3`: read in place from a registered source; `url`: fetched first; `upload`: the id of a finished upload. */
 const manifestAudioSchema = z.union([

@@ -6,6 +6,7 @@
  * releases go before backfills, and batches of one class in turn. One process feeds at a time, by a lease; a second one
  * would do the same work again, harmlessly: every step is decided in Redis.
  */
+
 import { type BatchRecord, isEnded } from '@acousticsense/shared/batch';
 import { type BatchRecords, rowJobId } from '@acousticsense/shared/batch-records';
 import { InfrastructureFault } from '@acousticsense/shared/errors';
@@ -15,8 +16,8 @@ import {
   type JobRecords,
   type NewJobRecord,
   refOf,
-  rowIndex,
 } from '@acousticsense/shared/job-records';
+import { rowIndex } from '@acousticsense/shared/manifest';
 import { isFinished, type StageName, stageOf } from '@acousticsense/shared/pipeline';
 import type { Queues } from '@acousticsense/shared/queues';
 import type { Redis } from 'ioredis';

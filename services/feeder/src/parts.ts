@@ -13,8 +13,8 @@ import {
   verdicts,
 } from '@acousticsense/shared/house-genres';
 import type { Selection, SourceObject } from '@acousticsense/shared/job';
-import { type JobRecords, rowIndex } from '@acousticsense/shared/job-records';
-import { chunkRows, decodeChunk, type ManifestRow } from '@acousticsense/shared/manifest';
+import type { JobRecords } from '@acousticsense/shared/job-records';
+import { chunkRows, decodeChunk, type ManifestRow, rowIndex } from '@acousticsense/shared/manifest';
 import {
   batchKey,
   chunkKey,

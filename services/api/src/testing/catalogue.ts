@@ -17,8 +17,8 @@ import {
 import { createBatchRecords, type NewBatch, rowJobId } from '@acousticsense/shared/batch-records';
 import type { Mapping } from '@acousticsense/shared/house-genres';
 import type { Decoded, Outcome } from '@acousticsense/shared/job';
-import { createJobRecords, firstGeneration, refOf, rowIndex } from '@acousticsense/shared/job-records';
-import { chunkRows, encodeChunk, type ManifestRow } from '@acousticsense/shared/manifest';
+import { createJobRecords, firstGeneration, refOf } from '@acousticsense/shared/job-records';
+import { chunkRows, encodeChunk, type ManifestRow, rowIndex } from '@acousticsense/shared/manifest';
 import { batchKey, chunkKey, type JobPlace, mappingKey, partKey } from '@acousticsense/shared/object-keys';
 import { openStorage } from '@acousticsense/shared/open-storage';
 import { connectRedisForWorker } from '@acousticsense/shared/redis';

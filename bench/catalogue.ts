@@ -118,7 +118,7 @@ async function run(): Promise<void> {
   const exportSeconds = seconds(exportFrom);
   const rowWaits = await waitsOf(catalogue.key, released, releasedAt);
   const left = await keysLeft();
-  const records = createJobRecords(redis, { resultSeconds: 1, events: 1 });
+  const records = createJobRecords(redis, { resultSeconds: 1 });
 
   console.log(`rows                      ${rows} (${workers} stub worker(s), concurrency ${concurrency})`);
   console.log(`accepted                  ${accepted.toFixed(1)} s, ${(rows / accepted).toFixed(0)} rows/s`);

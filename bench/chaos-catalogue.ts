@@ -127,7 +127,7 @@ async function again(
 }
 
 async function answersFor(caller: Caller, id: string): Promise<Map<string, Heard>> {
-  const batch = await createBatchRecords(caller.redis, { resultSeconds: 1, events: 1 }).get({
+  const batch = await createBatchRecords(caller.redis, { resultSeconds: 1 }).get({
     tenant: caller.tenant,
     id,
   });

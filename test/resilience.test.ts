@@ -35,8 +35,8 @@ describe('a job', () => {
     try {
       const all = await redis.xrange('as:{default}:events', '-', '+');
       return all
-        .map(([, [, json]]) => JSON.parse(json!))
-        .filter(({ jobId }) => jobId === id)
+        .map(([, [, , , json]]) => JSON.parse(json!))
+        .filter(({ data }) => data.jobId === id)
         .map(({ type }) => type);
     } finally {
       redis.disconnect();

@@ -19,9 +19,9 @@ test('each breach is told', async () => {
   const events = keys.events(tenant);
   const part = partKey(tenant, id, 0);
   const rows = decodePart(await storage.read(part));
-  const event = (json: object) => redis.xadd(events, '*', 'event', JSON.stringify(json));
+  const event = (json: object) => redis.xadd(events, '*', 'id', 'evt_made_up', 'event', JSON.stringify(json));
   const completed = rows.find(({ state }) => state === 'completed')!;
-  const again = { type: 'job.completed', jobId: completed.jobId, batchId: id, row: completed.row };
+  const again = { type: 'job.completed', data: { jobId: completed.jobId, batchId: id, row: completed.row } };
   const allEvents = await redis.dumpBuffer(events);
   const queue = (await redis.keys('{as-decode-*:meta'))[0]!.replace(/:meta$/, '');
   const queueJob = `${queue}:${completed.jobId}.7`;

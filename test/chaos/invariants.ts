@@ -5,6 +5,7 @@
 import type { Redis } from 'ioredis';
 import { type BatchRecord, decodePart, isEnded, type PartRow } from '../../packages/shared/src/batch.ts';
 import { createBatchRecords } from '../../packages/shared/src/batch-records.ts';
+import type { StoredEvent } from '../../packages/shared/src/events.ts';
 import { verdicts } from '../../packages/shared/src/house-genres.ts';
 import { type Timeline, timelineSchema } from '../../packages/shared/src/job.ts';
 import { createJobRecords } from '../../packages/shared/src/job-records.ts';
@@ -27,7 +28,7 @@ export interface Remains {
   readonly storage: Storage;
 }
 
-const retention = { resultSeconds: 3_600, events: 1_000_000 };
+const retention = { resultSeconds: 3_600 };
 
 /**
  * Waits until nothing is wrong any more: locks run out, the reconciler sweeps.
@@ -208,12 +209,13 @@ async function eventsOf(redis: Redis, tenant: string): Promise<Told> {
   const told: Told = { ofRows: new Map(), ofJobs: new Map(), ofBatches: new Map() };
   const put = (map: Map<string, string[]>, key: string, type: string) =>
     map.set(key, [...(map.get(key) ?? []), type]);
-  for (const [, [, json]] of await redis.xrange(`as:{${tenant}}:events`, '-', '+')) {
-    const { type, jobId, batchId, row, chunk } = JSON.parse(json!) as Record<string, string>;
-    if (row !== undefined) put(told.ofRows, `${batchId}/${row}`, type!);
-    else if (jobId !== undefined) put(told.ofJobs, jobId, type!);
-    else if (type !== 'batch.progress')
-      put(told.ofBatches, batchId!, chunk === undefined ? type! : `${type} ${chunk}`);
+  for (const [, [, , , json]] of await redis.xrange(`as:{${tenant}}:events`, '-', '+')) {
+    const { type, data } = JSON.parse(json!) as StoredEvent;
+    if ('jobId' in data) {
+      if (data.row === null) put(told.ofJobs, data.jobId, type);
+      else put(told.ofRows, `${data.batchId}/${data.row}`, type);
+    } else if ('part' in data) put(told.ofBatches, data.batchId, `${type} ${data.part.number}`);
+    else if ('batchId' in data && type !== 'batch.progress') put(told.ofBatches, data.batchId, type);
   }
   return told;
 }

@@ -75,7 +75,7 @@ export async function openStorm({
   }
 
   async function answersFor(caller: Caller, id: string): Promise<Map<string, Heard>> {
-    const batches = createBatchRecords(caller.redis, { resultSeconds: 1, events: 1 });
+    const batches = createBatchRecords(caller.redis, { resultSeconds: 1 });
     return answersOf(storage, (await batches.get({ tenant: caller.tenant, id }))!);
   }
 

@@ -14,6 +14,7 @@ import {
   type NewBatch,
   rowJobId,
 } from './batch-records.ts';
+import { type Event, eventSchema } from './events.ts';
 import type { Decoded, Outcome } from './job.ts';
 import {
   anyOpenState,
@@ -54,9 +55,16 @@ function draft(overrides: Partial<NewBatch> = {}): NewBatch {
     tensorsOf: undefined,
     mapped: false,
     force: false,
+    notify: 'rows',
     revision: 1,
     ...overrides,
   };
+}
+
+/** How the rows ended, by their letters. */
+function countOf(letters: string) {
+  const count = (letter: string) => letters.split(letter).length - 1;
+  return { rows: letters.length, completed: count('c'), failed: count('f'), cancelled: count('x') };
 }
 
 describe('the batches', () => {
@@ -70,7 +78,7 @@ describe('the batches', () => {
   before(async () => {
     server = await startRedis();
     redis = connectRedisForWorker(server.url);
-    const retention = { resultSeconds: 3_600, events: 1_000 };
+    const retention = { resultSeconds: 3_600 };
     records = createJobRecords(redis, retention);
     batches = createBatchRecords(redis, retention, small);
   });
@@ -139,7 +147,7 @@ describe('the batches', () => {
     const states = (await batches.rowStates(ref, chunk)) ?? '';
     const part = [...states].map((state, row) => (state === 'k' ? parts.get(key)![row]! : state)).join('');
     const jobIds = [...states].map((_, row) => rowOf(ref, chunk, row).jobId);
-    const result = await batches.close(ref, { chunk, round, states, jobIds, tally: {}, event: { chunk } });
+    const result = await batches.close(ref, { chunk, round, states, jobIds, tally: {}, part: countOf(part) });
     if (result.outcome === 'done') parts.set(key, part);
     return result;
   }
@@ -148,7 +156,11 @@ describe('the batches', () => {
     return batches.reopen(ref, { chunk, states });
   }
   const events = async (of = tenant) =>
-    (await redis.xrange(keys.events(of), '-', '+')).map(([, [, json]]) => JSON.parse(json!));
+    (await redis.xrange(keys.events(of), '-', '+')).map(([, [, id, , json, , callback]]) => ({
+      id: id!,
+      ...(JSON.parse(json!) as Pick<Event, 'type'> & { data: Record<string, unknown> }),
+      ...(callback ? { callback: JSON.parse(callback) as unknown } : {}),
+    }));
 
   /**
    * Reads all that Redis has of the tenant, and compares every counter with the rows.
@@ -378,7 +390,7 @@ describe('the batches', () => {
       const [event] = await events();
       const zeros = { rows: 0, completed: 0, failed: 0, cancelled: 0, reused: 0 };
       assert.deepEqual(
-        [event.type, event.batchId, event.counts],
+        [event?.type, event?.data['batchId'], event?.data['counts']],
         ['batch.completed', ref.id, { ...zeros, bad: 3 }],
       );
       await check();
@@ -478,7 +490,7 @@ describe('the batches', () => {
     test('are not closed by one who has seen another round of them', async () => {
       const ref = await running([2]);
       await runChunk(ref, 0, 'ff');
-      const late = { chunk: 0, round: 0, states: 'ff', jobIds: [], tally: {}, event: {} };
+      const late = { chunk: 0, round: 0, states: 'ff', jobIds: [], tally: {}, part: countOf('') };
       await close(ref, 0);
       await batches.retry(ref, 2);
       await reopen(ref, 0);
@@ -494,7 +506,7 @@ describe('the batches', () => {
       const ref = await running([2]);
       await runChunk(ref, 0, 'cc');
       const tally = { agree: 1, uncertain: 2 };
-      await batches.close(ref, { chunk: 0, round: 0, states: 'cc', jobIds: [], tally, event: {} });
+      await batches.close(ref, { chunk: 0, round: 0, states: 'cc', jobIds: [], tally, part: countOf('') });
       const { agree, uncertain, disagree } = await read(ref);
       assert.deepEqual([agree, uncertain, disagree], [1, 2, 0]);
     });
@@ -592,11 +604,11 @@ describe('the batches', () => {
       assert.deepEqual([completed, reused, failed, faults], [2, 1, 1, [{ row: 1, error: fault }]]);
       assert.deepEqual((await batches.pending([tenant]))[0]!.chunks, [{ id: ref.id, chunk: 0 }]);
       assert.deepEqual(
-        (await events()).map(({ type, batchId, row, code }) => [type, batchId, row, code]),
+        (await events()).map(({ type, data }) => [type, data.batchId, data.row, data.error]),
         [
-          ['job.completed', ref.id, 0, undefined],
-          ['job.failed', ref.id, 1, 'not_audio'],
-          ['job.completed', ref.id, 2, undefined],
+          ['job.completed', ref.id, 0, null],
+          ['job.failed', ref.id, 1, error],
+          ['job.completed', ref.id, 2, null],
         ],
       );
       await check();
@@ -681,7 +693,7 @@ describe('the batches', () => {
     });
 
     test('that failed is told with the batch, the first twenty of them', async () => {
-      const big = createBatchRecords(redis, { resultSeconds: 60, events: 10 });
+      const big = createBatchRecords(redis, { resultSeconds: 60 });
       const batch = draft();
       await big.create(batch);
       await big.append(batch, { chunk: 0, rows: 30, bad: 0, last: true });
@@ -693,7 +705,7 @@ describe('the batches', () => {
         Array.from({ length: 20 }, (_, n) => ({ row: 29 - n, error: fault })),
       );
       const states = 'f'.repeat(30);
-      await big.close(batch, { chunk: 0, round: 0, states, jobIds: [], tally: {}, event: {} });
+      await big.close(batch, { chunk: 0, round: 0, states, jobIds: [], tally: {}, part: countOf('') });
       await big.retry(batch, 2);
       assert.deepEqual((await read(batch)).faults, []);
     });
@@ -1047,11 +1059,41 @@ describe('the batches', () => {
       await redis.sadd(keys.ended(tenant), `${ref.id}/7`);
       await redis.del(keys.batch(tenant, ref.id));
       assert.equal((await batches.saved(ref, { endedAt: 1 })).outcome, 'missing');
-      const step = { chunk: 7, round: 0, states: 'c', jobIds: [], tally: {}, event: {} };
+      const step = { chunk: 7, round: 0, states: 'c', jobIds: [], tally: {}, part: countOf('') };
       assert.equal((await batches.close(ref, step)).outcome, 'missing');
       assert.deepEqual(await batches.pending([tenant]), [{ active: [], chunks: [], unsaved: [] }]);
       assert.equal(await redis.exists(keys.batch(tenant, ref.id)), 0, 'no step makes it anew');
     });
+  });
+
+  test('what is told of a batch is whole, and only as much as it asked for', async () => {
+    const callback = { endpointId: 'ep_1', url: 'https://receiver.example/hooks' };
+    for (const [notify, expected] of [
+      ['rows', ['job.completed', 'job.failed', 'results.part', 'batch.completed']],
+      ['batch', ['results.part', 'batch.completed']],
+      ['none', []],
+    ] as const) {
+      await redis.flushall();
+      const ref = await running([2], { notify, callback });
+      await batches.open(ref, { chunk: 0 });
+      await feed(ref, 0, 0, 0, { state: 'completed' });
+      await feed(ref, 0, 1, 0, { state: 'failed', error });
+      await close(ref, 0);
+      const told = await events();
+      assert.deepEqual(
+        told.map(({ type }) => type),
+        expected,
+      );
+      assert.equal(new Set(told.map(({ id }) => id)).size, expected.length);
+      for (const { id, callback: to, ...event } of told) {
+        assert.match(id, /^evt_[0-9a-z_-]+$/);
+        assert.deepEqual(to, callback);
+        eventSchema.parse({ ...event, data: { ...event.data, resultUrl: 'https://acousticsense.example/' } });
+      }
+      const part = told.find(({ type }) => type === 'results.part')?.data['part'];
+      if (notify !== 'none')
+        assert.deepEqual(part, { number: 0, from: 0, to: 2, completed: 1, failed: 1, cancelled: 0 });
+    }
   });
 
   test('how fast it goes is told now and then, only while it runs', async () => {
@@ -1060,7 +1102,7 @@ describe('the batches', () => {
     assert.equal((await read(ref)).rate, 12.345);
     await batches.progress(ref, { rate: 13, tell: true });
     assert.deepEqual(
-      (await events()).map(({ type, batchId }) => [type, batchId]),
+      (await events()).map(({ type, data }) => [type, data.batchId]),
       [['batch.progress', ref.id]],
     );
     await batches.pause(ref);

@@ -6,6 +6,7 @@ import { createHash } from 'node:crypto';
 import { readFileSync } from 'node:fs';
 import type { ChainableCommander, Redis } from 'ioredis';
 import { type BatchRecord, type BatchState, batchRecordSchema } from './batch.ts';
+import { eventsChannel } from './events.ts';
 import { keys, type Retention } from './job-records.ts';
 import { type BadRow, chunkRows } from './manifest.ts';
 import { timeOf } from './object-keys.ts';
@@ -31,7 +32,9 @@ export type NewBatch = Pick<
   | 'mapped'
   | 'force'
   | 'revision'
->;
+> &
+  /** `notify`: `batch` when absent. */
+  Partial<Pick<BatchRecord, 'notify' | 'callback'>>;
 
 export interface BatchRef {
   readonly tenant: string;
@@ -96,7 +99,8 @@ export interface BatchRecords {
       states: RowStates;
       jobIds: readonly string[];
       tally: Readonly<Record<string, number>>;
-      event: Readonly<Record<string, unknown>>;
+      /** How its rows ended. */
+      part: Readonly<Record<'rows' | 'completed' | 'failed' | 'cancelled', number>>;
     },
   ): Promise<BatchResult>;
   cancelRows(ref: BatchRef, step: { chunk: number }): Promise<BatchResult>;
@@ -135,13 +139,22 @@ type ScriptedRedis = Redis & {
   acousticsenseBatch(numberOfKeys: number, ...keysAndArgument: string[]): Promise<[string, string]>;
 };
 
-const jsonFields = ['origin', 'selection', 'presentation', 'extras', 'error', 'firstBad'] as const;
+const jsonFields = [
+  'origin',
+  'selection',
+  'presentation',
+  'extras',
+  'callback',
+  'error',
+  'firstBad',
+] as const;
 const textFields = new Set<string>([
   'id',
   'tenant',
   'name',
   'state',
   'class',
+  'notify',
   'modelDigest',
   'modelName',
   'modelVersion',
@@ -180,7 +193,8 @@ export function createBatchRecords(redis: Redis, retention: Retention, rowsAChun
       now,
       iso: new Date(now).toISOString(),
       retention: retention.resultSeconds,
-      eventsKept: retention.events,
+      tenant,
+      eventsChannel,
       chunkRows: rowsAChunk,
       ...rest,
     });

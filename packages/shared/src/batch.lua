@@ -20,13 +20,13 @@
   KEYS[7]  row states       string      {tenant}  of the chunk in question (any name where there is none)
   KEYS[8..]                             {tenant}  close: records of the chunk's rows, which go
 
-  ARGV[1]  JSON: op, id, now (epoch ms), iso (the same time as text), retention (seconds), eventsKept, chunkRows, and
+  ARGV[1]  JSON: op, id, tenant, now (epoch ms), iso (the same time as text), retention (seconds), eventsChannel, chunkRows, and
   by op:
     append   chunk, rows, bad, walked, last  a further chunk of the manifest lies in storage; the last one seals
     seal     bad, firstBad, error          the manifest is complete; with an error the batch ends as failed
     open     chunk                         the chunk after the last one is opened
     reopen   chunk, states                 of a retry: opened again for rows whose state is '.'; passed over without
-    close    chunk, round, states, tally (counter -> amount), event
+    close    chunk, round, states, tally (counter -> amount), part (rows, completed, failed, cancelled)
                                            when it is still as the closer found it
     cancel | pause | resume                by the caller
     cancelRows  chunk                      after cancel: rows that were never fed end
@@ -74,18 +74,39 @@ local function become(to)
   set('state', to)
 end
 
-local function tell(type, more)
-  local event = { type = type, timestamp = a.iso, batchId = a.id }
-  for key, value in pairs(more) do event[key] = value end
-  redis.call('XADD', events, 'MAXLEN', '~', a.eventsKept, '*', 'event', cjson.encode(event))
-end
-
 local function counts()
   local found = {}
   for _, counter in ipairs({ 'rows', 'bad', 'completed', 'failed', 'cancelled', 'reused' }) do
     found[counter] = number(counter)
   end
   return found
+end
+
+-- `id`: what makes it another event than those before, so that a step that is repeated tells the same one. The shape is
+-- that of events.ts; the stream is trimmed by who archives it (event-log.ts).
+local function tell(type, id, more)
+  if get('notify') == 'none' then return end
+  local error = get('error')
+  local data = {
+    batchId = a.id,
+    name = get('name') or cjson.null,
+    class = get('class'),
+    revision = number('revision'),
+    counts = counts(),
+    model = {
+      name = get('modelName'), version = get('modelVersion'), digest = get('modelDigest'), profile = get('profileHash'),
+    },
+  }
+  if more then data.part = more else data.error = error and cjson.decode(error) or cjson.null end
+  local event = cjson.encode({ type = type, timestamp = a.iso, data = data })
+  local entry = { events, '*', 'id', 'evt_' .. a.id .. '_' .. id, 'event', event }
+  local callback = get('callback')
+  if callback then
+    entry[#entry + 1] = 'callback'
+    entry[#entry + 1] = callback
+  end
+  redis.call('XADD', unpack(entry))
+  redis.call('PUBLISH', a.eventsChannel, a.tenant)
 end
 
 -- Ends the batch when nothing of it is left to do.
@@ -106,7 +127,7 @@ local function settle()
   redis.call('SREM', active, a.id)
   redis.call('SADD', ended, a.id .. '/batch')
   redis.call('EXPIRE', batch, a.retention)
-  tell('batch.' .. to, { counts = counts() })
+  tell('batch.' .. to, number('round') .. '_' .. to)
 end
 
 local function done()
@@ -182,7 +203,12 @@ elseif a.op == 'close' then
   add('closed', 1)
   for counter, amount in pairs(a.tally) do add(counter, amount) end
   for at = 8, #KEYS do redis.call('UNLINK', KEYS[at]) end
-  tell('results.part', a.event)
+  local part = a.part
+  part.number = a.chunk
+  part.from = a.chunk * a.chunkRows
+  part.to = part.from + part.rows
+  part.rows = nil
+  tell('results.part', number('round') .. '_part' .. a.chunk, part)
   return done()
 
 elseif a.op == 'cancel' then
@@ -233,7 +259,7 @@ elseif a.op == 'retry' then
 elseif a.op == 'progress' then
   if state ~= 'running' then return { 'refused', state } end
   set('rate', a.rate)
-  if a.tell then tell('batch.progress', { counts = counts() }) end
+  if a.tell then tell('batch.progress', 'progress' .. string.format('%.0f', a.now)) end
   return done()
 
 elseif a.op == 'saved' then

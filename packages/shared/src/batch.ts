@@ -1,7 +1,7 @@
 /** What a batch holds, and what of its rows lies in storage: the shapes that the API and the feeder agree on. */
 import { z } from 'zod';
 import { verdicts } from './house-genres.ts';
-import { jobRecordSchema, selectionSchema } from './job.ts';
+import { callbackSchema, jobRecordSchema, selectionSchema } from './job.ts';
 import { badRowSchema, manifestRowSchema } from './manifest.ts';
 
 /**
@@ -32,6 +32,10 @@ export type BatchOrigin = z.infer<typeof originSchema>;
 
 const count = z.int().min(0).default(0);
 
+/** What is told of a batch: nothing, the batch as a whole, or each of its rows too. */
+export const notifications = ['none', 'batch', 'rows'] as const;
+export type Notify = (typeof notifications)[number];
+
 /** Not strict: during a roll-out an older process reads the batches of a newer one. */
 export const batchRecordSchema = z.object({
   id: z.uuid(),
@@ -57,6 +61,8 @@ export const batchRecordSchema = z.object({
   mapped: z.boolean().default(false),
   /** Known answers are not taken over. */
   force: z.boolean().default(false),
+  notify: z.enum(notifications).default('batch'),
+  callback: callbackSchema.optional(),
   /** Of all its results; raised by every retry. */
   revision: z.int(),
   /** How often its failed rows were tried again. */

@@ -26,8 +26,9 @@
     clear          array of fields to remove
     raise          true: the record moves to generation + 1
     retention      seconds that a finished record is kept; a row's stays until its chunk is closed
-    events         array of strings (JSON objects)
-    eventsKept     about how many events the stream keeps
+    events         array of { id, event (JSON) }; of a row they are told only where its batch asks for `rows`. Nothing
+                   trims the stream here: only what is archived may go (event-log.ts)
+    eventsChannel  pub/sub channel on which the tenant's name says that there are events
     channel        pub/sub channel
     read           true: the answer holds the record as it is then
     batch          of a row: { id, chunk, row, index = row within the batch, tally = array of further counters to
@@ -134,8 +135,22 @@ else
   if not a.batch then redis.call('PERSIST', KEYS[1]) end
 end
 
-for _, event in ipairs(a.events) do
-  redis.call('XADD', KEYS[3], 'MAXLEN', '~', a.eventsKept, '*', 'event', event)
+local told, callback
+if #a.events > 0 and a.batch then
+  told, callback = unpack(redis.call('HMGET', KEYS[4], 'notify', 'callback'))
+  told = told == 'rows'
+elseif #a.events > 0 then
+  told, callback = true, redis.call('HGET', KEYS[1], 'callback')
+end
+if told then
+  for _, event in ipairs(a.events) do
+    if callback then
+      redis.call('XADD', KEYS[3], '*', 'id', event.id, 'event', event.event, 'callback', callback)
+    else
+      redis.call('XADD', KEYS[3], '*', 'id', event.id, 'event', event.event)
+    end
+  end
+  redis.call('PUBLISH', a.eventsChannel, a.tenant)
 end
 
 -- Of a row only what stops a worker is told: nobody watches one row of a million.

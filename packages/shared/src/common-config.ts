@@ -14,8 +14,6 @@ export const commonVariables = {
   STORAGE_URL: z.string().optional(),
   /** How long a finished job's record is kept. */
   RESULT_RETENTION_DAYS: z.coerce.number().positive().default(30),
-  /** About how many events a tenant's event stream keeps. */
-  EVENTS_KEPT: z.coerce.number().int().min(1).default(100_000),
   /**
    * Seals what tenants trust the service with: 32 bytes in base64; of several, separated by commas, the first seals
    * and all open. Without it no credentials are taken.
@@ -65,10 +63,7 @@ export function commonConfig(read: z.infer<typeof common>): CommonConfig {
   return {
     redisUrl: read.REDIS_URL,
     storageUrl: read.STORAGE_URL ?? pathToFileURL(path.resolve(read.DATA_DIR, 'objects')).href,
-    retention: {
-      resultSeconds: Math.ceil(read.RESULT_RETENTION_DAYS * 24 * 3_600),
-      events: read.EVENTS_KEPT,
-    },
+    retention: { resultSeconds: Math.ceil(read.RESULT_RETENTION_DAYS * 24 * 3_600) },
     secretsKey: read.SECRETS_KEY,
     egressAllow: read.EGRESS_ALLOW,
     logLevel: read.LOG_LEVEL,

@@ -9,7 +9,7 @@
 import { z } from 'zod';
 import { batchClasses } from './batch.ts';
 import { outlierOf, reasonToDoubt } from './doubt.ts';
-import { type JobRecord, warningSchema } from './job.ts';
+import { type Callback, type JobRecord, warningSchema } from './job.ts';
 import { rowIndex } from './manifest.ts';
 import type { ModelDescription } from './serving.ts';
 
@@ -137,10 +137,6 @@ export type StoredEvent = {
     readonly data: Omit<Extract<Event, { type: T }>['data'], 'resultUrl'>;
   };
 }[EventType];
-
-/** Where a caller wants to hear of one job or batch, beside what endpoints subscribe to. */
-export const callbackSchema = z.strictObject({ endpointId: z.string(), url: z.string() });
-export type Callback = z.infer<typeof callbackSchema>;
 
 /** An event in the log, between the step that made it and those who are told. */
 export interface LoggedEvent {

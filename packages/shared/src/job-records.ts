@@ -4,10 +4,12 @@
  */
 import { readFileSync } from 'node:fs';
 import type { Redis } from 'ioredis';
+import { eventsChannel, type JobData, jobData, jobEventId } from './events.ts';
 import { type JobRecord, jobRecordSchema } from './job.ts';
 import { rowIndex } from './manifest.ts';
 import { type BatchRow, type JobState, openStates } from './pipeline.ts';
 import { withRedis } from './redis.ts';
+import type { ModelDescription } from './serving.ts';
 
 /** Channel on which every commit and every sign of progress is told; see {@link JobChange}. */
 export const changesChannel = 'as:changes';
@@ -60,9 +62,11 @@ export interface CommitStep {
   readonly events?: readonly JobEvent[];
 }
 
+/** Told when the step is done, and by nothing else; of a row only where its batch asks for that. */
 export interface JobEvent {
   readonly type: 'job.completed' | 'job.failed' | 'job.cancelled';
-  readonly data?: Record<string, unknown>;
+  /** {@link jobData} of the record as it is after the step. */
+  readonly data: Omit<JobData, 'resultUrl'>;
 }
 
 export interface CommitResult {
@@ -84,10 +88,11 @@ export function firstState(audio: JobRecord['audio']): JobState {
 export interface JobRecords {
   /**
    * @param record in which state it begins depends on what it is: {@link firstState}.
+   * @param description of its model: needed of one that is completed from the start.
    * @returns `already` when the record exists, whatever its state, and for a row that was fed before; `refused` for a
    *   row whose batch does not run.
    */
-  create(record: NewJobRecord): Promise<CommitResult>;
+  create(record: NewJobRecord, description?: ModelDescription): Promise<CommitResult>;
   get(tenant: string, jobId: string): Promise<JobRecord | undefined>;
   /** In one round trip, in their order. */
   getMany(tenant: string, jobIds: readonly string[]): Promise<(JobRecord | undefined)[]>;
@@ -117,8 +122,6 @@ export interface JobRecords {
 export interface Retention {
   /** Seconds that a finished record is kept. */
   readonly resultSeconds: number;
-  /** About how many events a tenant's stream keeps. */
-  readonly events: number;
 }
 
 const script = readFileSync(new URL('commit.lua', import.meta.url), 'utf8');
@@ -154,6 +157,7 @@ const jsonFields = [
   'audio',
   'selection',
   'presentation',
+  'callback',
   'extras',
   'batch',
   'decoded',
@@ -219,17 +223,11 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
       clear: step.clear ?? [],
       raise: step.raiseGeneration ?? false,
       retention: retention.resultSeconds,
-      events: (step.events ?? []).map(({ type, data }) =>
-        JSON.stringify({
-          type,
-          timestamp: new Date().toISOString(),
-          jobId: ref.jobId,
-          generation: ref.generation,
-          ...(batch ? { batchId: batch.id, row: rowIndex(batch) } : {}),
-          ...data,
-        }),
-      ),
-      eventsKept: retention.events,
+      events: (step.events ?? []).map(({ type, data }) => ({
+        id: jobEventId(ref, type),
+        event: JSON.stringify({ type, timestamp: new Date().toISOString(), data }),
+      })),
+      eventsChannel,
       channel: changesChannel,
       ...(batch
         ? { batch: { ...batch, index: rowIndex(batch), round: roundOf(ref.generation), tally } }
@@ -251,7 +249,7 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
   }
 
   return {
-    async create(record) {
+    async create(record, description) {
       const { tenant } = record;
       const { state: to = firstState(record.audio), ...fields } = record;
       const tally = record.reused ? ['reused'] : [];
@@ -259,7 +257,11 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
       // to the reconciler. A tenant without jobs is harmless; a row's is known since its batch was made.
       const [, { result }] = await Promise.all([
         record.batch ? undefined : withRedis(() => redis.sadd(keys.tenants, tenant)),
-        run(refOf(record), { from: ['none'], to, set: newHash(fields), events: endingOf(record) }, tally),
+        run(
+          refOf(record),
+          { from: ['none'], to, set: newHash(fields), events: endingOf(record, description) },
+          tally,
+        ),
       ]);
       return result;
     },
@@ -349,9 +351,10 @@ export const firstGeneration = (round: number): number => round * generationsOfR
 const roundOf = (generation: number): number => Math.floor((generation - 1) / generationsOfRound);
 
 /** What is told of a record that has ended when it is made. */
-function endingOf({ state, error }: Pick<NewJobRecord, 'state' | 'error'>): JobEvent[] {
-  if (state === 'completed') return [{ type: 'job.completed' }];
-  return state === 'failed' ? [{ type: 'job.failed', data: { code: error?.code } }] : [];
+function endingOf(record: NewJobRecord, description: ModelDescription | undefined): JobEvent[] {
+  const { state } = record;
+  if (state !== 'completed' && state !== 'failed') return [];
+  return [{ type: `job.${state}`, data: jobData(record, state, description) }];
 }
 
 /** Every state in which a job can still be cancelled or failed. */

@@ -168,6 +168,10 @@ export const audioSchema = z.union([
 export type Audio = z.infer<typeof audioSchema>;
 export type StoredAudio = Extract<Audio, { key: string }>;
 
+/** Where a caller wants to hear of one job or batch, beside what endpoints subscribe to: under one of the endpoints. */
+export const callbackSchema = z.strictObject({ endpointId: z.string(), url: z.string() });
+export type Callback = z.infer<typeof callbackSchema>;
+
 /** Not strict: during a roll-out an older process reads the records of a newer one, without what it does not know. */
 export const jobRecordSchema = z.object({
   id: z.uuid(),
@@ -194,6 +198,8 @@ export const jobRecordSchema = z.object({
   selection: selectionSchema,
   /** Applied when a result is read: they change no stored number. */
   presentation: z.strictObject({ topK: z.int(), threshold: z.number() }),
+  /** Of a row: the batch's. */
+  callback: callbackSchema.optional(),
   /** What the inference stage writes into storage beside the result. */
   extras: z.strictObject({ explain: z.boolean(), vectors: z.boolean() }).optional(),
   decoded: decodedSchema.optional(),

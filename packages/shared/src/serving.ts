@@ -39,7 +39,7 @@ export const modelDescriptionSchema = z.object({
 });
 export type ModelDescription = z.infer<typeof modelDescriptionSchema>;
 
-function describeModel({ manifest, digest, profileHash }: Bundle): ModelDescription {
+export function describeModel({ manifest, digest, profileHash }: Bundle): ModelDescription {
   const { name, version, licence, provenance, labels, threshold, calibration, accuracy, profile } = manifest;
   const { taxonomy, missing, outlierThreshold, windows, graph } = manifest;
   return {

@@ -48,7 +48,7 @@ describe('a stage', () => {
     backends = openBackends(service, {
       redisUrl: server.url,
       storageUrl: pathToFileURL(directory).href,
-      retention: { resultSeconds: 60, events: 100 },
+      retention: { resultSeconds: 60 },
     });
     await once(backends.redis, 'ready');
     const stage = {

@@ -15,6 +15,7 @@ import type { Logger } from 'pino';
 import { Counter, Histogram } from 'prom-client';
 import type { Backends } from './backends.ts';
 import { InfrastructureFault, isRedisAway, ProblemError } from './errors.ts';
+import { jobData } from './events.ts';
 import type { JobRecord } from './job.ts';
 import {
   anyOpenState,
@@ -36,6 +37,7 @@ import {
 } from './pipeline.ts';
 import { queuePrefix } from './queues.ts';
 import type { Service } from './service.ts';
+import type { ModelDescription } from './serving.ts';
 import { deletePrefix } from './storage.ts';
 
 /** A job may kill its worker this often: an innocent one can be near when others die, or be redeployed over. */
@@ -84,6 +86,8 @@ export interface StageRunner {
   readonly stage: Stage;
   readonly concurrency: number;
   readonly backends: Backends;
+  /** Of the model, for a stage that completes jobs. */
+  readonly description?: ModelDescription;
 }
 
 const cancelled = Symbol('cancelled');
@@ -212,7 +216,11 @@ export function runStage(runner: StageRunner): void {
       log,
       async commit(to, set) {
         const timings = { ...record.timings, ...set.timings };
-        const events = to === 'completed' ? [{ type: 'job.completed' as const }] : [];
+        const ended = { ...record, ...set };
+        const events =
+          to === 'completed'
+            ? [{ type: 'job.completed' as const, data: jobData(ended, to, runner.description) }]
+            : [];
         const result = await records.commit(ref, { from: [begins.to], to, set: { ...set, timings }, events });
         // `already`: another delivery of this job was faster and wrote the same.
         if (result.outcome !== 'committed' && result.outcome !== 'already') throw new CommitRefused(result);
@@ -249,11 +257,14 @@ export function runStage(runner: StageRunner): void {
   }
 
   async function fail(ref: JobRef, problem: ProblemError): Promise<void> {
+    const record = await records.get(ref.tenant, ref.jobId);
+    const error = problem.toStored();
     const result = await records.commit(ref, {
       from: anyOpenState,
       to: 'failed',
-      set: { error: problem.toStored() },
-      events: [{ type: 'job.failed', data: { code: problem.code } }],
+      set: { error },
+      // Without a record the step is refused.
+      events: record ? [{ type: 'job.failed', data: jobData({ ...record, error }, 'failed') }] : [],
     });
     if (result.outcome === 'cancelled' || result.outcome === 'missing') await cleanUp(ref);
   }

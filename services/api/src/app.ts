@@ -2,6 +2,7 @@
 import { once } from 'node:events';
 import path from 'node:path';
 import { InfrastructureFault, ProblemError, toProblemJson } from '@acousticsense/shared/errors';
+import { topGenres } from '@acousticsense/shared/events';
 import type { JobRecord } from '@acousticsense/shared/job';
 import { spectrogramKey } from '@acousticsense/shared/object-keys';
 import { isFinished } from '@acousticsense/shared/pipeline';
@@ -27,7 +28,6 @@ import { type Jobs, parseOptions } from './jobs.ts';
 import { type Limits, limitRequests } from './limits.ts';
 import type { Mappings } from './mappings.ts';
 import { openApiDocument } from './openapi.ts';
-import { topGenres } from './presentation.ts';
 import { createResultRoutes } from './result-routes.ts';
 import type { Results } from './results.ts';
 import { type ModelResource, type Prediction, spectrogramQuerySchema } from './schemas.ts';

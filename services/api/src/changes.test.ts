@@ -20,7 +20,7 @@ describe('a follower', () => {
     server = await startRedis();
     redis = connectRedisForWorker(server.url);
     subscriber = connectRedisForWorker(server.url);
-    records = createJobRecords(redis, { resultSeconds: 60, events: 10 });
+    records = createJobRecords(redis, { resultSeconds: 60 });
   });
   after(async () => {
     redis.disconnect();

@@ -65,7 +65,7 @@ async function acceptJobs(
     const worker = { kind, queue: kind, workerId: kind, since: 1, modelDigest: digest, profileHash: 'p' };
     await redis.hset('as:workers', kind, JSON.stringify({ ...worker, seen: Date.now() }));
   }
-  const retention = { resultSeconds: 60, events: 10 };
+  const retention = { resultSeconds: 60 };
   const records = createJobRecords(redis, retention);
   const queues = createQueues(redis);
   const storage = openStorage(pathToFileURL(directory).href);
@@ -253,7 +253,7 @@ test('the result of a row of a batch is not deleted alone: its chunk is written 
   const redis = connectRedis(server.url);
   t.after(() => redis.disconnect());
   await once(redis, 'ready');
-  const batches = createBatchRecords(redis, { resultSeconds: 60, events: 10 });
+  const batches = createBatchRecords(redis, { resultSeconds: 60 });
   const id = randomUUIDv7();
   const of = { modelDigest, modelName, modelVersion, profileHash };
   await batches.create({

@@ -6,6 +6,7 @@ import { createHash, randomBytes, randomUUIDv7 } from 'node:crypto';
 import type { IncomingMessage } from 'node:http';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { InfrastructureFault, ProblemError } from '@acousticsense/shared/errors';
+import { jobData } from '@acousticsense/shared/events';
 import { type JobRecord, type StoredAudio, type Timeline, timelineSchema } from '@acousticsense/shared/job';
 import { anyOpenState, type JobRecords, refOf } from '@acousticsense/shared/job-records';
 import { audioKey, jobPrefix, timelineKey } from '@acousticsense/shared/object-keys';
@@ -268,7 +269,7 @@ export function createJobs(deps: JobsDeps) {
       const { outcome } = await records.commit(refOf(record), {
         from: anyOpenState,
         to: 'cancelled',
-        events: [{ type: 'job.cancelled' }],
+        events: [{ type: 'job.cancelled', data: jobData(record, 'cancelled') }],
       });
       // It finished, or went back to decode, between the read and the commit: look again.
       if (outcome === 'refused' || outcome === 'missing') continue;

@@ -1,28 +1,12 @@
 /** From a job record to what callers see; `topK` and `threshold` are applied here and nowhere else. */
 import { outlierOf, reasonToDoubt } from '@acousticsense/shared/doubt';
+import { topGenres } from '@acousticsense/shared/events';
 import type { JobRecord, Timeline } from '@acousticsense/shared/job';
 import type { ModelDescription } from '@acousticsense/shared/serving';
 import { extras, isAskedFor } from './extras.ts';
 import type { JobResource } from './schemas.ts';
 
-export interface Guess {
-  label: string;
-  confidence: number;
-}
-
 type Result = NonNullable<JobResource['result']>;
-
-/** The `topK` likeliest labels, best first; ties keep label order. */
-export function topGenres(
-  probabilities: readonly number[],
-  labels: readonly string[],
-  topK: number,
-): Guess[] {
-  return labels
-    .map((label, index) => ({ label, confidence: probabilities[index] ?? 0 }))
-    .sort((a, b) => b.confidence - a.confidence)
-    .slice(0, topK);
-}
 
 /**
  * @param model to which the job is pinned; without it a result has no labels.

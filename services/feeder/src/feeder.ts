@@ -10,6 +10,7 @@
 import { type BatchRecord, isEnded } from '@acousticsense/shared/batch';
 import { type BatchRecords, rowJobId } from '@acousticsense/shared/batch-records';
 import { InfrastructureFault } from '@acousticsense/shared/errors';
+import { jobData } from '@acousticsense/shared/events';
 import {
   anyOpenState,
   type CommitResult,
@@ -20,6 +21,7 @@ import {
 import { rowIndex } from '@acousticsense/shared/manifest';
 import { isFinished, type StageName, stageOf } from '@acousticsense/shared/pipeline';
 import type { Queues } from '@acousticsense/shared/queues';
+import { knownModel, type ModelDescription } from '@acousticsense/shared/serving';
 import type { Redis } from 'ioredis';
 import type { Logger } from 'pino';
 import { createErrands } from './errands.ts';
@@ -71,6 +73,8 @@ export function createFeeder(deps: FeederDeps) {
   /** By model digest. */
   const turns = new Map<string, Turns>();
   const weights = new Map<string, number>();
+  /** Descriptions that were read, by digest: a model never changes. */
+  const models = new Map<string, ModelDescription>();
   const rates = createRates(batches);
   const errands = {
     receive: createErrands('manifest', 64, log, signal),
@@ -163,7 +167,8 @@ export function createFeeder(deps: FeederDeps) {
   }
 
   async function cancel(job: NewJobRecord & { state: Exclude<NewJobRecord['state'], undefined> }) {
-    const step = { from: anyOpenState, to: 'cancelled', events: [{ type: 'job.cancelled' }] } as const;
+    const event = { type: 'job.cancelled', data: jobData(job, 'cancelled') } as const;
+    const step = { from: anyOpenState, to: 'cancelled', events: [event] } as const;
     const { outcome } = await records.commit(refOf(job), step);
     const stage = stageOf(job.state);
     // One that stays in a queue is dropped by the worker that takes it.
@@ -239,7 +244,10 @@ export function createFeeder(deps: FeederDeps) {
    * @throws when something was away.
    */
   async function handOver(rows: readonly NewJobRecord[]): Promise<void> {
-    const created = await Promise.allSettled(rows.map((row) => records.create(row)));
+    const descriptions = await describe(rows);
+    const created = await Promise.allSettled(
+      rows.map((row) => records.create(row, descriptions.get(row.modelDigest))),
+    );
     const failed = new Set<NewJobRecord>();
     const faults: unknown[] = [];
     const groups = new Map<string, { stage: StageName; jobs: NewJobRecord[] }>();
@@ -270,6 +278,16 @@ export function createFeeder(deps: FeederDeps) {
       if (own.length > 0) feed.giveBack(own);
     }
     throw faults[0];
+  }
+
+  /** The models of rows whose answers were known: what is told of them is told in labels. */
+  async function describe(rows: readonly NewJobRecord[]): Promise<Map<string, ModelDescription>> {
+    const completed = rows.filter(({ state }) => state === 'completed');
+    for (const digest of new Set(completed.map(({ modelDigest }) => modelDigest))) {
+      const known = models.get(digest) ?? (await knownModel(redis, digest));
+      if (known) models.set(digest, known);
+    }
+    return models;
   }
 
   return {

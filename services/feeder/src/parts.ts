@@ -82,13 +82,20 @@ export function createParts({ redis, storage, records, batches, index, sources, 
     await index.writeSegment({ tenant, batchId, chunk, round: batch.round, entries });
     if (manifest.some(({ audio }) => 'url' in audio)) await deleteFetched(tenant, batchId, chunk);
     const { round } = batch;
-    const event = { chunk, rows: rows.length, key };
-    await batches.close(ref, { chunk, round, states, jobIds, tally: tallyOf(fresh), event });
+    const count = (state: PartRow['state']) => rows.filter((row) => row.state === state).length;
+    const part = {
+      rows: rows.length,
+      completed: count('completed'),
+      failed: count('failed'),
+      cancelled: count('cancelled'),
+    };
+    await batches.close(ref, { chunk, round, states, jobIds, tally: tallyOf(fresh), part });
   }
 
   /** Of a batch that is no more. */
   async function forgetChunk(ref: BatchRef, chunk: number): Promise<void> {
-    await batches.close(ref, { chunk, round: 0, states: '', jobIds: [], tally: {}, event: {} });
+    const part = { rows: 0, completed: 0, failed: 0, cancelled: 0 };
+    await batches.close(ref, { chunk, round: 0, states: '', jobIds: [], tally: {}, part });
   }
 
   /** The fetched audio of a chunk; what explains its results stays. */

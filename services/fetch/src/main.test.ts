@@ -43,7 +43,7 @@ describe('the fetch service as a process', () => {
     storageUrl = pathToFileURL(directory).href;
     storage = openStorage(storageUrl);
     redis = connectRedisForWorker(server.url);
-    records = createJobRecords(redis, { resultSeconds: 3_600, events: 100 });
+    records = createJobRecords(redis, { resultSeconds: 3_600 });
     queues = createQueues(redis);
     web = await startWeb((request, response) => answer(request, response));
   });

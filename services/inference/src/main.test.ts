@@ -82,7 +82,7 @@ describe('the inference service as a process', () => {
     try {
       const { port } = (await told(service, 'ready')).get('listening')!;
       const bundle = await loadBundle(means.directory);
-      const records = createJobRecords(redis, { resultSeconds: 3_600, events: 100 });
+      const records = createJobRecords(redis, { resultSeconds: 3_600 });
       const job = await addDecodedJob({ records, queues, storage }, bundle, [windowOf(120)]);
       assert.equal((await settled(records, job)).outcome?.provider, 'cpu');
 

@@ -2,7 +2,7 @@
 import { openBackends } from '@acousticsense/shared/backends';
 import { loadBundle } from '@acousticsense/shared/bundle';
 import { startService } from '@acousticsense/shared/service';
-import { announceWorker } from '@acousticsense/shared/serving';
+import { announceWorker, describeModel } from '@acousticsense/shared/serving';
 import { runStage } from '@acousticsense/shared/stage';
 import { createBatcher } from './batcher.ts';
 import { type InferenceConfig, loadConfig } from './config.ts';
@@ -70,6 +70,7 @@ await startService(
       }),
       concurrency: config.concurrency,
       backends,
+      description: describeModel(bundle),
     });
   },
 );

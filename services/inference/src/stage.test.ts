@@ -65,7 +65,7 @@ async function open({ full = false, spoil = {} }: Parameters<typeof writeMeansBu
     return connection;
   };
   const redis = connect();
-  const records = createJobRecords(redis, { resultSeconds: 3_600, events: 100 });
+  const records = createJobRecords(redis, { resultSeconds: 3_600 });
   const queues = createQueues(redis);
   const closers: (() => unknown)[] = [];
   const service: Service = {

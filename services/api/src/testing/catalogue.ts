@@ -250,7 +250,7 @@ export async function startCatalogue({ driver = 'directory' as 'directory' | 's3
 }
 
 const log = pino({ level: 'silent' });
-const retention = { resultSeconds: 3_600, events: 1_000 };
+const retention = { resultSeconds: 3_600 };
 
 /** @param deps.directory of the copy of the index. */
 export async function serveResults({

@@ -38,7 +38,7 @@ import { Registry } from 'prom-client';
 import { startRedis } from '../../../../test/redis.ts';
 import { type FeederParts, wireFeeder } from '../wiring.ts';
 
-const retention = { resultSeconds: 3_600, events: 1_000 };
+const retention = { resultSeconds: 3_600 };
 const testSecrets = Buffer.alloc(32, 'test').toString('base64');
 
 export type TestCatalogue = Awaited<ReturnType<typeof startCatalogue>>;

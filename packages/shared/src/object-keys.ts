@@ -77,3 +77,24 @@ export function tensorKey(of: {
 }): string {
   return `${tensorPrefix}${of.tenant}/${of.contentId}/${of.profileHash}/${of.selectionHash}.${of.frontEnd}`;
 }
+
+/** Logs of which the old part lies in segments. */
+export type LogName = 'events' | 'deliveries';
+/** `events/<tenant>/`, and in it a folder for each day: names alone tell which segment holds a moment. */
+export const logPrefix = (log: LogName, tenant: string) => `${log}/${tenant}/`;
+/** @param day `2026-11-22` (UTC). */
+export const logDayPrefix = (log: LogName, tenant: string, day: string) => `${logPrefix(log, tenant)}${day}/`;
+/**
+ * `2026-11-22/19-<first>_<last>.jsonl.gz`: day and hour (UTC) of the first entry. Both cursors are in the name, so that
+ * two writers of overlapping segments never replace one by the other.
+ * @param first cursor `<epoch ms>-<number>`.
+ */
+export function logSegmentKey(log: LogName, tenant: string, first: string, last: string): string {
+  const time = new Date(Number.parseInt(first, 10)).toISOString();
+  return `${logDayPrefix(log, tenant, time.slice(0, 10))}${time.slice(11, 13)}-${first}_${last}.jsonl.gz`;
+}
+/** @returns undefined for what is no segment. */
+export function parseLogSegmentKey(key: string): { day: string; first: string; last: string } | undefined {
+  const [, day, first, last] = /\/(\d{4}-\d\d-\d\d)\/\d\d-(\d+-\d+)_(\d+-\d+)\.jsonl\.gz$/.exec(key) ?? [];
+  return day && first && last ? { day, first, last } : undefined;
+}

@@ -32,7 +32,8 @@ export class SecretUnreadable extends Error {
   override readonly name = 'SecretUnreadable';
 }
 
-interface Key {
+interface SecretsKey {
+  /** Tells keys apart, and nothing of what they are. */
   readonly id: string;
   readonly bytes: Buffer;
 }
@@ -46,7 +47,7 @@ const tagBytes = 16;
  * @throws {StartupError} for what is no such key; the message repeats none of it.
  */
 export function createSecrets(keys: string | undefined): Secrets {
-  const known = parseKeys(keys ?? '');
+  const known = parseSecretsKeys(keys ?? '');
   const [current] = known;
   return {
     seal(plain, place) {
@@ -97,7 +98,11 @@ function associated(keyId: string, { tenant, name }: SecretPlace): Buffer {
   return Buffer.from(JSON.stringify(['acousticsense', 'v1', keyId, tenant, name]), 'utf8');
 }
 
-function parseKeys(text: string): Key[] {
+/**
+ * SECRETS_KEY: the first key is the current one.
+ * @throws {StartupError} for what is no such key; the message repeats none of it.
+ */
+export function parseSecretsKeys(text: string): SecretsKey[] {
   const parts = text.split(',').map((part) => part.trim());
   return parts.filter(Boolean).map((part) => {
     const bytes = Buffer.from(part, 'base64');

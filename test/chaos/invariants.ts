@@ -245,7 +245,7 @@ function toldOnce(
 const uuid = '[0-9a-f]{8}-[0-9a-f-]{27}';
 /** Of the service itself, and of a tenant whatever it has running. */
 const lastingKeys = new RegExp(
-  `^as:(tenants|api-keys|tenant-settings|source-tenants|workers|model:[0-9a-f]+|probe:\\d+|feeder:lease|reconciler:.*)$|^as:\\{[^}]+\\}:(events|batches|revision|sources|finished|idempotency:.*|used:\\w+|ref:\\w+|deleted-batch:${uuid})$`,
+  `^as:(tenants|api-keys|tenant-settings|source-tenants|workers|model:[0-9a-f]+|probe:\\d+|public-url|endpoint-tenants|webhook:lease|feeder:lease|reconciler:.*)$|^as:\\{[^}]+\\}:(events(?::archived)?|deliveries(?::archived)?|endpoints?(?::.*)?|batches|revision|sources|finished|idempotency:.*|used:\\w+|ref:\\w+|deleted-batch:${uuid})$`,
 );
 
 async function keysLeftOver(redis: Redis, accepted: readonly Accepted[]): Promise<string[]> {
@@ -326,6 +326,9 @@ async function objectsLeftOver(
     } else if (kind === 'index') {
       const batchId = new RegExp(`^${uuid}`).exec(fourth ?? '')?.[0] ?? '';
       if (found.get(batchId)?.batch.tenant !== second) wrong.push(`object ${key}: of no batch`);
+    } else if (kind === 'events' || kind === 'deliveries' || kind === 'dead-letters') {
+      // Kept for as long as their retention says, whatever has ended.
+      if (!accepted.some(({ tenant }) => tenant === second)) wrong.push(`object ${key}: of no tenant`);
     } else if (kind === 'tensors') {
       if (key.endsWith('.npy')) tensors.add(key.slice(0, -4));
     } else wrong.push(`object ${key}: of nothing that is known`);

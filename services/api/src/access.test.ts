@@ -1,10 +1,12 @@
 import assert from 'node:assert/strict';
+import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
 import { createServer } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { type TestContext, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { connectRedis } from '@acousticsense/shared/redis';
+import { createUrlSigner } from '@acousticsense/shared/signed-url';
 import { createTenants } from '@acousticsense/shared/tenants';
 import express from 'express';
 import { pino } from 'pino';
@@ -14,6 +16,7 @@ import { answerProblem } from './app.ts';
 
 const operatorKey = 'the-operators-own-key';
 const service = { log: pino({ level: 'silent' }) };
+const signer = createUrlSigner(randomBytes(32).toString('base64'));
 
 /** A guarded service that answers with whom it takes the caller for. */
 async function openService(t: TestContext, apiKey?: string) {
@@ -23,9 +26,12 @@ async function openService(t: TestContext, apiKey?: string) {
   const tenants = createTenants(redis);
   const app = express();
   app.set('query parser', 'simple');
-  app.use(guardAccess({ host: '127.0.0.1', allowedHosts: [], apiKey }, tenants));
+  app.use(guardAccess({ host: '127.0.0.1', allowedHosts: [], apiKey }, tenants, signer));
   app.get(['/healthz', '/readyz'], (_request, response) => void response.send('ok'));
-  app.use((_request, response) => void response.json({ tenant: tenantOf(response) }));
+  app.use(
+    (request, response) =>
+      void response.json({ tenant: tenantOf(response), url: request.url, query: request.query }),
+  );
   app.use(answerProblem(service));
   const http = createServer(app);
   http.listen(0, '127.0.0.1');
@@ -40,9 +46,14 @@ async function openService(t: TestContext, apiKey?: string) {
   async function call(headers: Record<string, string> = {}, at = '/v1/model', method = 'GET') {
     const response = await fetch(base + at, { method, headers, redirect: 'manual' });
     const text = await response.text();
-    const body = (/json/.test(response.headers.get('content-type') ?? '') ? JSON.parse(text) : {}) as {
+    const body = (
+      /json/.test(response.headers.get('content-type') ?? '') && text !== '' ? JSON.parse(text) : {}
+    ) as {
       tenant?: string;
+      url?: string;
+      query?: Record<string, string>;
       code?: string;
+      detail?: string;
     };
     return { status: response.status, ...body, headers: response.headers };
   }
@@ -175,3 +186,64 @@ test('while Redis is away a tenant hears 503 and not 401; health and the operato
   for (const from = performance.now(); (await call({ 'x-api-key': key })).tenant !== 'acme'; await sleep(50))
     assert.ok(performance.now() - from < 5_000);
 });
+
+const path = '/v1/batches/x/results.jsonl?from=0&to=1000';
+const later = () => Date.now() + 60_000;
+
+for (const apiKey of [undefined, operatorKey]) {
+  const where = apiKey === undefined ? 'without an API_KEY' : 'with an API_KEY';
+
+  test(`${where}: a signed link needs no key, and routes do not see its signature`, async (t) => {
+    const { tenants, call } = await openService(t, apiKey);
+    const { key } = await tenants.createKey('umbrella', '');
+    const link = signer.sign('acme', path, later());
+    for (const headers of [{}, ...ways(key), ...ways('wrong'), { 'x-tenant': 'acme' }]) {
+      const answer = await call(headers, link);
+      assert.deepEqual(
+        [answer.status, answer.tenant, answer.url, answer.query],
+        [200, 'acme', path, { from: '0', to: '1000' }],
+      );
+    }
+    assert.equal((await call({}, link, 'HEAD')).status, 200);
+    const bare = await call({}, signer.sign('acme', '/v1/jobs/x', later()));
+    assert.deepEqual([bare.tenant, bare.url, bare.query], ['acme', '/v1/jobs/x', {}]);
+  });
+
+  test(`${where}: a link that was changed or has expired is refused, whatever else is sent`, async (t) => {
+    const { tenants, call } = await openService(t, apiKey);
+    const { key } = await tenants.createKey('acme', '');
+    const link = signer.sign('acme', path, later());
+    const cases: [link: string, method: string, words: RegExp][] = [
+      [signer.sign('acme', path, Date.now() - 1_000), 'GET', /expired at 20/],
+      [link.replace('to=1000', 'to=9999'), 'GET', /changed/],
+      [link.replace('results.jsonl', 'bad-rows.jsonl'), 'GET', /changed/],
+      [link.replace('tenant=acme', 'tenant=default'), 'GET', /changed/],
+      [`${link}&x=1`, 'GET', /changed/],
+      [link, 'POST', /changed/],
+      [link, 'DELETE', /changed/],
+      [createUrlSigner(randomBytes(32).toString('base64')).sign('acme', path, later()), 'GET', /changed/],
+      ['/v1/jobs/x?signature=', 'GET', /changed/],
+      ['/metrics?signature=x', 'GET', /changed/],
+      ['/?signature=x', 'GET', /changed/],
+    ];
+    for (const [at, method, words] of cases) {
+      for (const headers of [{}, ...ways(key), ...(apiKey ? ways(apiKey) : [])]) {
+        const refused = await call(headers, at, method);
+        assert.deepEqual([refused.status, refused.code], [401, 'unauthorized'], `${method} ${at}`);
+        assert.match(refused.detail!, words);
+      }
+    }
+  });
+
+  test(`${where}: a link speaks for no other tenant, and opens nothing of the operator's`, async (t) => {
+    const { tenants, call } = await openService(t, apiKey);
+    await tenants.createKey('umbrella', '');
+    const link = signer.sign('default', path, later());
+    for (const other of ['umbrella', 'acme', 'nobody', '']) {
+      const refused = await call({ 'x-tenant': other }, link);
+      assert.deepEqual([refused.status, refused.code], [404, 'tenant_not_found'], other);
+    }
+    const metrics = await call({}, signer.sign('default', '/metrics', later()));
+    assert.deepEqual([metrics.status, metrics.code], [404, 'not_found']);
+  });
+}

@@ -1,6 +1,7 @@
 /** Who may call, and for which tenant: the Host header, the Origin header, the API key. */
 import { createHash, timingSafeEqual } from 'node:crypto';
 import { ProblemError } from '@acousticsense/shared/errors';
+import { type UrlSigner, withoutSignature } from '@acousticsense/shared/signed-url';
 import { defaultTenant, type Tenants } from '@acousticsense/shared/tenants';
 import type { Request, RequestHandler, Response } from 'express';
 import { isLoopback } from './config.ts';
@@ -29,8 +30,14 @@ interface Caller {
  *   `X-Api-Key`, or the cookie that opening the page with `?key=` sets; the first of them counts. A key that is not
  *   known is refused, even where none is asked for: work would end up with the wrong tenant.
  * - The operator speaks for the tenant `default`, and for any other that `X-Tenant` names.
+ * - A signed link needs no key and speaks for its tenant, for this one reading. One that is not good is refused,
+ *   whatever else is sent with it. Routes see the address without the signature.
  */
-export function guardAccess(options: AccessOptions, tenants: Tenants): RequestHandler {
+export function guardAccess(
+  options: AccessOptions,
+  tenants: Tenants,
+  signer: Pick<UrlSigner, 'verify'>,
+): RequestHandler {
   const { host, allowedHosts, apiKey } = options;
 
   function checkOrigin(request: Request): void {
@@ -66,14 +73,28 @@ export function guardAccess(options: AccessOptions, tenants: Tenants): RequestHa
       'tenant_not_found',
       operator
         ? `There is no tenant "${wanted.slice(0, 70)}"; make it with \`acousticsense keys create\`.`
-        : 'This key speaks for its own tenant only: leave X-Tenant away.',
+        : 'This key or link speaks for its own tenant only: leave X-Tenant away.',
       { field: 'X-Tenant' },
     );
+  }
+
+  async function admit(request: Request, response: Response, caller: Caller): Promise<void> {
+    if (operatorPaths.has(request.path) && !caller.operator) {
+      throw new ProblemError('not_found', `${request.path} is served to the operator's key only.`);
+    }
+    response.locals['tenant'] = await actingTenant(caller, request.get('x-tenant'));
   }
 
   return async (request, response, next) => {
     checkOrigin(request);
     if (openPaths.has(request.path)) return next();
+
+    const linked = signer.verify(request.method, request.originalUrl, Date.now());
+    if (linked !== undefined) {
+      await admit(request, response, { tenant: linked, operator: false });
+      request.url = withoutSignature(request.url);
+      return next();
+    }
 
     const inQuery = request.method === 'GET' && request.path === '/' ? request.query['key'] : undefined;
     if (typeof inQuery === 'string' && (await callerOf(inQuery))) {
@@ -100,10 +121,7 @@ export function guardAccess(options: AccessOptions, tenants: Tenants): RequestHa
           : 'Send the API key as "Authorization: Bearer KEY", or open the page with ?key=KEY once.',
       );
     }
-    if (operatorPaths.has(request.path) && !caller.operator) {
-      throw new ProblemError('not_found', `${request.path} is served to the operator's key only.`);
-    }
-    response.locals['tenant'] = await actingTenant(caller, request.get('x-tenant'));
+    await admit(request, response, caller);
     next();
   };
 }

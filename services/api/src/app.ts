@@ -7,11 +7,13 @@ import type { JobRecord } from '@acousticsense/shared/job';
 import { spectrogramKey } from '@acousticsense/shared/object-keys';
 import { isFinished } from '@acousticsense/shared/pipeline';
 import type { Service } from '@acousticsense/shared/service';
+import type { UrlSigner } from '@acousticsense/shared/signed-url';
 import type { SourceReader } from '@acousticsense/shared/source-reader';
 import type { Sources } from '@acousticsense/shared/sources';
 import { ObjectNotFound, type Storage } from '@acousticsense/shared/storage';
 import type { Tenants } from '@acousticsense/shared/tenants';
 import { parseNpy } from '@acousticsense/shared/tensor';
+import type { Tell } from '@acousticsense/shared/told-event';
 import express, { type ErrorRequestHandler, type Express, type Request, type Response } from 'express';
 import helmet from 'helmet';
 import { Histogram } from 'prom-client';
@@ -21,6 +23,8 @@ import { createBatchRoutes } from './batch-routes.ts';
 import type { Batches } from './batches.ts';
 import type { Changes } from './changes.ts';
 import type { ApiConfig } from './config.ts';
+import type { EventFeed } from './event-feed.ts';
+import { createEventRoutes } from './event-routes.ts';
 import { extras, readExtra } from './extras.ts';
 import { refuseMethod } from './http-refusals.ts';
 import type { Idempotency } from './idempotency.ts';
@@ -52,6 +56,9 @@ export interface AppDeps {
   readonly sources: Sources;
   readonly sourceReader: SourceReader;
   readonly uploads: Uploads;
+  readonly signer: UrlSigner;
+  readonly feed: EventFeed;
+  readonly tell: Tell;
 }
 
 /** How long a client may go on sending an upload that was refused. */
@@ -66,7 +73,7 @@ export function createApp(deps: AppDeps): Express {
   app.set('query parser', 'simple');
   app.use(measureRequests(service));
   app.use(securityHeaders);
-  app.use(guardAccess(config, tenants));
+  app.use(guardAccess(config, tenants, deps.signer));
   app.use(async (request, response, next) => {
     if (!(await service.handleHealth(request, response))) next();
   });
@@ -178,6 +185,7 @@ export function createApp(deps: AppDeps): Express {
   app.use(createResultRoutes({ results: deps.results, diff: deps.diff, tenantOf, closing }));
   app.use(createSourceRoutes({ sources, reader: sourceReader, tenantOf }));
   app.use(createUploadRoutes(deps.uploads, tenantOf));
+  app.use(createEventRoutes({ feed: deps.feed, tell: deps.tell, tenantOf }));
   app.get('/openapi.json', (_request, response) => {
     response.json(openApiDocument());
   });

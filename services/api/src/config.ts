@@ -17,6 +17,15 @@ const schema = z.object({
   HOST: z.string().default('127.0.0.1'),
   /** Further host names under which the service may be called, separated by commas. */
   ALLOWED_HOSTS: z.string().default(''),
+  /** Where callers reach the service, for links that they are told; default: where it listens. */
+  PUBLIC_URL: z
+    .string()
+    .refine(
+      isPublicUrl,
+      'must begin with http:// or https:// and have no credentials, no query and no fragment',
+    )
+    .transform((url) => url.replace(/\/+$/, ''))
+    .optional(),
   /** When set, every request must carry it. */
   API_KEY: z.string().min(16, 'must have at least 16 characters').optional(),
   /** Directory of the built page. */
@@ -76,6 +85,8 @@ export interface ApiConfig extends ServiceConfig, CommonConfig {
   readonly host: string;
   readonly allowedHosts: readonly string[];
   readonly apiKey: string | undefined;
+  /** Without a slash at its end; undefined: where it listens. */
+  readonly publicUrl: string | undefined;
   readonly webDirectory: string;
   readonly maxUploadBytes: number;
   readonly maxDurationSeconds: number;
@@ -116,6 +127,7 @@ export function loadConfig(env: NodeJS.ProcessEnv): ApiConfig {
       .map((name) => name.trim().toLowerCase())
       .filter(Boolean),
     apiKey: read.API_KEY,
+    publicUrl: read.PUBLIC_URL,
     webDirectory: read.WEB_DIR,
     maxUploadBytes: read.MAX_UPLOAD_BYTES,
     maxDurationSeconds: read.MAX_DURATION_SECONDS,
@@ -143,4 +155,16 @@ export function loadConfig(env: NodeJS.ProcessEnv): ApiConfig {
 
 export function isLoopback(host: string): boolean {
   return host === 'localhost' || host === '::1' || /^127\.\d+\.\d+\.\d+$/.test(host);
+}
+
+/** For who is on the same machine, where it listens on all addresses. */
+export function urlOf(host: string, port: number): string {
+  const name = host === '0.0.0.0' ? '127.0.0.1' : host === '::' ? '::1' : host;
+  return `http://${name.includes(':') ? `[${name}]` : name}:${port}`;
+}
+
+function isPublicUrl(text: string): boolean {
+  if (!URL.canParse(text) || /[?#\s]/.test(text)) return false;
+  const { protocol, username, password } = new URL(text);
+  return (protocol === 'http:' || protocol === 'https:') && username === '' && password === '';
 }

@@ -5,15 +5,20 @@ import { createAnswerIndex } from '@acousticsense/shared/answer-index';
 import { openBackends } from '@acousticsense/shared/backends';
 import { createBatchRecords } from '@acousticsense/shared/batch-records';
 import { StartupError } from '@acousticsense/shared/errors';
+import { createEventLog } from '@acousticsense/shared/event-log';
+import { announcePublicUrl } from '@acousticsense/shared/public-url';
 import { type Service, startService } from '@acousticsense/shared/service';
+import { createUrlSigner } from '@acousticsense/shared/signed-url';
 import { createTenants } from '@acousticsense/shared/tenants';
+import { createTelling } from '@acousticsense/shared/told-event';
 import { Gauge } from 'prom-client';
 import { createApp } from './app.ts';
 import { createDiff } from './batch-diff.ts';
 import { createBatchRows } from './batch-rows.ts';
 import { createBatches } from './batches.ts';
 import { createChanges } from './changes.ts';
-import { type ApiConfig, loadConfig } from './config.ts';
+import { type ApiConfig, loadConfig, urlOf } from './config.ts';
+import { createEventFeed } from './event-feed.ts';
 import { createIdempotency } from './idempotency.ts';
 import { createJobs } from './jobs.ts';
 import { createLimits } from './limits.ts';
@@ -34,7 +39,8 @@ async function wire(service: Service): Promise<void> {
   const { log } = service;
   const backends = openBackends(service, config, redisPatienceMs);
   const { redis, storage, records, queues } = backends;
-  const changes = createChanges(backends.connect(), records);
+  const subscriber = backends.connect();
+  const changes = createChanges(subscriber, records);
 
   const tenants = createTenants(redis);
   const limits = createLimits({ redis, tenants, records, ...config });
@@ -82,9 +88,14 @@ async function wire(service: Service): Promise<void> {
   });
   const diff = createDiff({ results, stored });
 
+  const signer = createUrlSigner(config.secretsKey);
+  let publicUrl = config.publicUrl ?? '';
+  const tell = createTelling({ signer, publicUrl: () => publicUrl });
+  const feed = createEventFeed({ subscriber, log: createEventLog({ redis, storage, log }) });
+
   const app = createApp({
     ...{ service, config, jobs, changes, storage, sources, sourceReader },
-    ...{ batches, results, diff, mappings, tenants, limits, idempotency, uploads },
+    ...{ batches, results, diff, mappings, tenants, limits, idempotency, uploads, signer, feed, tell },
   });
   const server = createServer(app);
   // An upload may take as long as it moves: idle time is limited, the whole is not.
@@ -102,6 +113,8 @@ async function wire(service: Service): Promise<void> {
     server.listen(config.port, config.host, resolve);
   });
   const { port } = server.address() as AddressInfo;
+  publicUrl ||= urlOf(config.host, port);
+  service.onClose('public URL', announcePublicUrl(redis, publicUrl));
   service.onClose('http server', async () => {
     const closed = new Promise((resolve) => server.close(resolve));
     server.closeIdleConnections();
@@ -110,6 +123,8 @@ async function wire(service: Service): Promise<void> {
     await closed;
     clearTimeout(overtime);
   });
+  // Closed first: who waits is answered, so that the server need not wait for them.
+  service.onClose('event feed', () => feed.close());
   log.info({ port, host: config.host, storage: storage.description }, 'listening');
   service.announcePort(port);
 }

@@ -2,7 +2,9 @@
 import { explanationSchema, vectorsSchema } from '@acousticsense/shared/job';
 import { sourceDefinitionSchema, sourceSchema } from '@acousticsense/shared/sources';
 import { z } from 'zod';
+import { eventPageSchema } from './event-feed.ts';
 import { batchPaths } from './openapi-batches.ts';
+import { eventPaths } from './openapi-events.ts';
 import { resultPaths } from './openapi-results.ts';
 import {
   auditSchema,
@@ -294,6 +296,7 @@ function describeApi() {
       },
       ...batchPaths(json, problem, idempotencyKey),
       ...resultPaths(json, problem),
+      ...eventPaths(json, problem),
       '/v1/sources': {
         get: {
           operationId: 'listSources',
@@ -392,6 +395,7 @@ function describeApi() {
         Explanation: schemaOf(explanationSchema),
         Vectors: schemaOf(vectorsSchema),
         Prediction: schemaOf(predictionSchema),
+        EventPage: schemaOf(eventPageSchema),
         Source: schemaOf(sourceSchema),
         SourceList: schemaOf(sourceListSchema),
         SourceDefinition: schemaOf(sourceDefinitionSchema, 'input'),

@@ -4,6 +4,8 @@
  */
 import { randomUUID } from 'node:crypto';
 import type { Redis } from 'ioredis';
+import type { Logger } from 'pino';
+import { pause } from './pause.ts';
 import { withRedis } from './redis.ts';
 
 export interface Lease {
@@ -28,4 +30,53 @@ export function createLease(redis: Redis, key: string, ms: number): Lease {
       await withRedis(() => redis.eval(give, 1, key, me));
     },
   };
+}
+
+export interface KeptLease {
+  /** Whether this process may take itself for the one that works. */
+  isHeld(): boolean;
+  /** Settles once the signal is aborted and the lease is given back. */
+  readonly ended: Promise<void>;
+}
+
+const leaseMs = 10_000;
+const renewMs = 2_000;
+
+/**
+ * Takes a lease whenever it is free and renews it, beside the work, so that a long round does not lose it.
+ * @param onTaken before this process takes itself for the holder, after a time in which another may have been it.
+ */
+export function keepLease({
+  redis,
+  key,
+  log,
+  signal,
+  onTaken = () => {},
+}: {
+  redis: Redis;
+  key: string;
+  log: Pick<Logger, 'warn'>;
+  signal: AbortSignal;
+  onTaken?: () => void;
+}): KeptLease {
+  const lease = createLease(redis, key, leaseMs);
+  let heldUntil = 0;
+  const isHeld = () => performance.now() < heldUntil;
+
+  async function keep(): Promise<void> {
+    while (!signal.aborted) {
+      const from = performance.now();
+      try {
+        const held = await lease.hold();
+        if (held && !isHeld()) onTaken();
+        heldUntil = held ? from + leaseMs : 0;
+      } catch (error) {
+        log.warn({ err: error, key }, 'the lease could not be renewed');
+      }
+      await pause(renewMs, signal);
+    }
+    if (isHeld()) await lease.release().catch(() => {});
+    heldUntil = 0;
+  }
+  return { isHeld, ended: keep() };
 }

@@ -5,6 +5,7 @@ import { pipeline } from 'node:stream/promises';
 import { isEnded } from '@acousticsense/shared/batch';
 import { ProblemError } from '@acousticsense/shared/errors';
 import { badRowsKey } from '@acousticsense/shared/object-keys';
+import { pause } from '@acousticsense/shared/pause';
 import { ObjectNotFound, type Storage } from '@acousticsense/shared/storage';
 import express, { type Request, type Response, type Router } from 'express';
 import type { Logger } from 'pino';
@@ -233,18 +234,4 @@ async function digestOfBody(request: Request): Promise<string> {
     // Only its fingerprint is wanted.
   }
   return body.fingerprint(request.url);
-}
-
-function pause(ms: number, signal: AbortSignal): Promise<void> {
-  return new Promise((resolve) => {
-    const timer = setTimeout(resolve, ms);
-    signal.addEventListener(
-      'abort',
-      () => {
-        clearTimeout(timer);
-        resolve();
-      },
-      { once: true },
-    );
-  });
 }

@@ -1,18 +1,15 @@
 /** The feeder service: wiring, and the loop that runs while this process holds the lease. */
-import { setTimeout } from 'node:timers/promises';
 import { openSources } from '@acousticsense/egress/open-sources';
 import { createAnswerIndex } from '@acousticsense/shared/answer-index';
 import { openBackends } from '@acousticsense/shared/backends';
-import { createLease, type Lease } from '@acousticsense/shared/lease';
+import { type KeptLease, keepLease } from '@acousticsense/shared/lease';
+import { pause } from '@acousticsense/shared/pause';
 import { type Service, startService } from '@acousticsense/shared/service';
 import { Gauge, Histogram } from 'prom-client';
 import { type FeederConfig, loadConfig } from './config.ts';
 import type { Feeder } from './feeder.ts';
 import type { Retention } from './retention.ts';
 import { wireFeeder } from './wiring.ts';
-
-const leaseMs = 10_000;
-const renewMs = 2_000;
 
 let config: FeederConfig;
 await startService('feeder', () => (config = loadConfig(process.env)), wire);
@@ -27,7 +24,16 @@ async function wire(service: Service): Promise<void> {
   const { signal } = stop;
   const { feeder, retention } = wireFeeder({ backends, sources, sourceReader, index, log, signal, config });
 
-  const lease = keepLease(createLease(backends.redis, 'as:feeder:lease', leaseMs), feeder, service, signal);
+  const { redis } = backends;
+  const lease = keepLease({ redis, key: 'as:feeder:lease', log, signal, onTaken: () => feeder.forget() });
+  new Gauge({
+    name: 'acousticsense_feeder_leads',
+    help: '1 in the process that feeds.',
+    registers: [service.registry],
+    collect() {
+      this.set(lease.isHeld() ? 1 : 0);
+    },
+  });
   const running = run(service, feeder, retention, lease, signal);
   service.onClose('feeder', async () => {
     stop.abort(new Error('the feeder stops'));
@@ -41,7 +47,7 @@ async function run(
   { log, registry }: Service,
   feeder: Feeder,
   retention: Retention,
-  lease: ReturnType<typeof keepLease>,
+  lease: KeptLease,
   signal: AbortSignal,
 ): Promise<void> {
   const seconds = new Histogram({
@@ -65,39 +71,4 @@ async function run(
     }
     if (!busy) await pause(feeder.idleMs, signal);
   }
-}
-
-/** Beside the feeding, so that a long round does not lose it. */
-function keepLease(lease: Lease, feeder: Feeder, { log, registry }: Service, signal: AbortSignal) {
-  let heldUntil = 0;
-  const isHeld = () => performance.now() < heldUntil;
-  new Gauge({
-    name: 'acousticsense_feeder_leads',
-    help: '1 in the process that feeds.',
-    registers: [registry],
-    collect() {
-      this.set(isHeld() ? 1 : 0);
-    },
-  });
-
-  async function keep(): Promise<void> {
-    while (!signal.aborted) {
-      const from = performance.now();
-      try {
-        const held = await lease.hold();
-        if (held && !isHeld()) feeder.forget();
-        heldUntil = held ? from + leaseMs : 0;
-      } catch (error) {
-        log.warn({ err: error }, 'the lease could not be renewed');
-      }
-      await pause(renewMs, signal);
-    }
-    if (isHeld()) await lease.release().catch(() => {});
-    heldUntil = 0;
-  }
-  return { isHeld, ended: keep() };
-}
-
-function pause(ms: number, signal: AbortSignal): Promise<unknown> {
-  return setTimeout(ms, undefined, { signal }).catch(() => {});
 }

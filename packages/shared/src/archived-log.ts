@@ -528,6 +528,7 @@ export function createArchivedLog<T extends object>(
       await recover(tenant);
       return { archived: 0, trimmed: 0 };
     }
+    if (known !== null) examined.delete(tenant);
     const to = known ?? '0-0';
     const before = waiting.get(tenant);
     if (before?.to === to) {

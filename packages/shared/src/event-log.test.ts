@@ -304,16 +304,23 @@ for (const driver of drivers) {
 
     test('of what is not archived nothing goes, however little is kept', async () => {
       const log = open({ kept: 3, segmentEvents: 100, segmentAgeMs: 3_600_000 });
-      for (const n of upTo(150)) await log.append('acme', entryOf(n));
-      await log.archive('acme');
-      await log.archive('acme');
-      const inRedis = await redis.xrange('as:{acme}:events', '-', '+');
-      const to = await redis.hget('as:{acme}:events:archived', 'to');
-      const archived = (await keysUnder(storage, 'events/')).length;
-      assert.equal(archived, 1);
-      assert.equal(inRedis.at(-1)![0], await log.last('acme'));
-      assert.ok(inRedis.length === 150 - 100 || to === inRedis.at(-1)![0]);
-      assert.deepEqual(await readAll(log, 'acme'), upTo(150));
+      for (const n of upTo(100)) await log.append('acme', entryOf(n));
+      assert.equal((await log.archive('acme')).archived, 100);
+      for (const n of upTo(50, 100)) await log.append('acme', entryOf(n));
+      assert.deepEqual(await log.archive('acme'), { archived: 0, trimmed: 0 });
+      // Another one that archives the same once more trims, too.
+      await redis.hset('as:{acme}:events:archived', 'to', '0-0');
+      assert.equal(
+        (await open({ kept: 0, segmentEvents: 120, segmentAgeMs: day }).archive('acme')).archived,
+        150,
+      );
+      for (const n of upTo(99, 150)) await log.append('acme', entryOf(n));
+      assert.deepEqual(await open({ kept: 0, segmentEvents: 100, segmentAgeMs: day }).archive('acme'), {
+        archived: 0,
+        trimmed: 0,
+      });
+      assert.ok((await log.length('acme')) >= 99);
+      assert.deepEqual(await readAll(log, 'acme'), upTo(249));
     });
 
     test('a clock that is set back loses nothing and holds nothing up', async () => {
@@ -401,6 +408,11 @@ for (const driver of drivers) {
       await log.append('acme', entryOf(30));
       await log.archive('acme');
       for (const reader of [log, open()]) assert.deepEqual(await readAll(reader, 'acme'), upTo(31));
+      await redis.flushall();
+      await log.append('acme', entryOf(31));
+      await log.archive('acme');
+      for (const reader of [log, open()])
+        assert.deepEqual(await readAll(reader, 'acme'), upTo(32), 'however often, to the same processes');
     });
 
     test('days beyond the retention go, and whoever stood before their end is told', async () => {

@@ -43,7 +43,7 @@ const place = {
   cursor: z.string().describe('in order'),
 };
 const [first, ...others] = eventSchema.options;
-export const fedEventSchema = z.discriminatedUnion('type', [
+const fedEventSchema = z.discriminatedUnion('type', [
   first.extend(place),
   ...others.map((option) => option.extend(place)),
 ]);

@@ -97,7 +97,10 @@ test('readiness is 503 with the reason until every check passes, while health is
   assert.equal(early.status, 503);
   assert.deepEqual(await early.json(), { ready: false, reasons: { model: 'still loading' } });
   assert.equal((await fetch(`${running.url}/healthz`)).status, 200);
+  const metrics = async () => (await fetch(`${running.url}/metrics`)).text();
+  assert.match(await metrics(), /acousticsense_ready\{part="model",service="small"\} 0/);
   await told(running, 'ready');
+  assert.match(await metrics(), /acousticsense_ready\{part="model",service="small"\} 1/);
   assert.equal((await fetch(`${running.url}/readyz`)).status, 200);
   assert.match(
     await (await fetch(`${running.url}/metrics`)).text(),

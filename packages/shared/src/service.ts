@@ -9,7 +9,7 @@
 import { createServer, type IncomingMessage, type ServerResponse } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { type Logger, pino } from 'pino';
-import { collectDefaultMetrics, Registry } from 'prom-client';
+import { collectDefaultMetrics, Gauge, Registry } from 'prom-client';
 import { StartupError } from './errors.ts';
 
 export interface ServiceConfig {
@@ -126,6 +126,16 @@ export async function startService(
     },
     announcePort: (port) => tellParent({ type: 'listening', port }),
   };
+  new Gauge({
+    name: 'acousticsense_ready',
+    help: '1 while a part that the service needs is there, 0 while it is away (/readyz says why).',
+    labelNames: ['part'],
+    registers: [registry],
+    async collect() {
+      const reasons = await service.notReady();
+      for (const part of checks.keys()) this.set({ part }, part in reasons ? 0 : 1);
+    },
+  });
 
   async function close(reason: string): Promise<void> {
     if (draining) return;

@@ -100,6 +100,9 @@ export function runStage(runner: StageRunner): void {
   const queue = queueName(name, route);
   const running = new Map<string, AbortController>();
 
+  // Of every metric of this process: what a queue costs (processor time, windows a job) is told by who works on it.
+  service.registry.setDefaultLabels({ service: service.name, queue });
+
   const ended = new Counter({
     name: 'acousticsense_stage_jobs_total',
     help: 'Queue jobs that ended in this stage, by what became of them (code: the problem, or none).',

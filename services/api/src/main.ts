@@ -11,8 +11,8 @@ import { type Service, startService } from '@acousticsense/shared/service';
 import { createUrlSigner } from '@acousticsense/shared/signed-url';
 import { createTenants } from '@acousticsense/shared/tenants';
 import { createTelling } from '@acousticsense/shared/told-event';
-import { Gauge } from 'prom-client';
 import { createApp } from './app.ts';
+import { exportQueues, lookAtQueues } from './backlogs.ts';
 import { createDiff } from './batch-diff.ts';
 import { createBatchRows } from './batch-rows.ts';
 import { createBatches } from './batches.ts';
@@ -23,7 +23,7 @@ import { createIdempotency } from './idempotency.ts';
 import { createJobs } from './jobs.ts';
 import { createLimits } from './limits.ts';
 import { createMappings } from './mappings.ts';
-import { createReconciler, type Reconciler } from './reconciler.ts';
+import { createReconciler } from './reconciler.ts';
 import { createResults } from './results.ts';
 import { createStoredBatches } from './stored-batches.ts';
 import { createUploadedRefs } from './uploaded-refs.ts';
@@ -50,7 +50,7 @@ async function wire(service: Service): Promise<void> {
   const reconciler = createReconciler({ redis, records, queues, storage, uploads, log, ...config });
   reconciler.start();
   service.onClose('reconciler', () => reconciler.stop());
-  exportBacklogs(service, reconciler);
+  exportQueues(service.registry, () => lookAtQueues(redis, queues), reconciler.leads);
 
   const batchRecords = createBatchRecords(redis, config.retention);
   const uploadedRefs = createUploadedRefs({ redis, batches: batchRecords, retention: config.retention });
@@ -127,37 +127,4 @@ async function wire(service: Service): Promise<void> {
   service.onClose('event feed', () => feed.close());
   log.info({ port, host: config.host, storage: storage.description }, 'listening');
   service.announcePort(port);
-}
-
-/** One metric a queue, for dashboards and autoscalers. */
-function exportBacklogs(service: Service, reconciler: Reconciler): void {
-  const registers = [service.registry];
-  const labelNames = ['queue', 'stage'];
-  const waiting = new Gauge({
-    name: 'acousticsense_queue_waiting',
-    help: 'Queue jobs that wait (delayed ones included).',
-    labelNames,
-    registers,
-  });
-  const active = new Gauge({
-    name: 'acousticsense_queue_active',
-    help: 'Queue jobs that a worker holds.',
-    labelNames,
-    registers,
-  });
-  new Gauge({
-    name: 'acousticsense_queue_oldest_seconds',
-    help: 'Age of the oldest waiting queue job.',
-    labelNames,
-    registers,
-    collect() {
-      for (const gauge of [waiting, active, this]) gauge.reset();
-      for (const backlog of reconciler.backlogs()) {
-        const labels = { queue: backlog.queue, stage: backlog.stage };
-        waiting.set(labels, backlog.waiting + backlog.delayed);
-        active.set(labels, backlog.active);
-        this.set(labels, backlog.oldestSeconds);
-      }
-    },
-  });
 }

@@ -14,8 +14,7 @@ import { firstState, type JobRecords, refOf } from '@acousticsense/shared/job-re
 import { createLease } from '@acousticsense/shared/lease';
 import { hourPrefix, jobPrefix, tensorPrefix } from '@acousticsense/shared/object-keys';
 import { isFinished, stageOf } from '@acousticsense/shared/pipeline';
-import type { Backlog, Queues } from '@acousticsense/shared/queues';
-import { liveWorkers, stageOfWorker } from '@acousticsense/shared/serving';
+import type { Queues } from '@acousticsense/shared/queues';
 import { deletePrefix, type Storage } from '@acousticsense/shared/storage';
 import type { Redis } from 'ioredis';
 import type { Logger } from 'pino';
@@ -60,12 +59,10 @@ interface Hourly {
 /** What there is of an object's job. */
 type Found = 'none' | 'open' | 'finished';
 
-export type Reconciler = ReturnType<typeof createReconciler>;
-
 export function createReconciler(deps: ReconcilerDeps) {
   const { redis, records, queues, storage, log } = deps;
   const lease = createLease(redis, leaseKey, Math.max(60_000, deps.reconcileMs * 3));
-  let backlogs: Backlog[] = [];
+  let leads = false;
   let timer: NodeJS.Timeout | undefined;
   let running: Promise<void> = Promise.resolve();
 
@@ -250,19 +247,9 @@ export function createReconciler(deps: ReconcilerDeps) {
     return byAge;
   }
 
-  async function lookAtBacklogs(): Promise<void> {
-    const routes = new Map((await liveWorkers(redis)).map((worker) => [worker.queue, worker]));
-    backlogs = await Promise.all(
-      [...routes.values()].map((worker) => queues.backlog(stageOfWorker[worker.kind], worker)),
-    );
-  }
-
   async function round(): Promise<void> {
-    if (!(await lease.hold())) {
-      backlogs = [];
-      return;
-    }
-    await lookAtBacklogs();
+    leads = await lease.hold();
+    if (!leads) return;
     await restoreQueueJobs();
     await sweepRecords();
     await sweepObjects();
@@ -272,8 +259,8 @@ export function createReconciler(deps: ReconcilerDeps) {
     restoreQueueJobs,
     sweepObjects,
     sweepRecords,
-    /** Of every queue that a worker reads now; only in the process that holds the lease, so each is told once. */
-    backlogs: () => backlogs,
+    /** Whether this process held the lease at its last round. */
+    leads: () => leads,
     start() {
       const next = () => {
         timer = setTimeout(() => {

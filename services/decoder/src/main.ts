@@ -8,6 +8,7 @@ import { runStage } from '@acousticsense/shared/stage';
 import { type DecoderConfig, loadConfig } from './config.ts';
 import { checkFfmpeg, createFfmpeg } from './ffmpeg.ts';
 import { createFrontEnd } from './front-end.ts';
+import { exportProcessorTime } from './processor-time.ts';
 import { clearScratch, createDecodeStage } from './stage.ts';
 
 let config: DecoderConfig;
@@ -37,6 +38,7 @@ await startService(
       ffmpegVersion === undefined ? undefined : {},
     );
 
+    exportProcessorTime(service.registry);
     const ffmpeg = createFfmpeg(config.ffmpeg);
     const maxSeconds = config.ffmpeg.maxDurationSeconds;
     runStage({

@@ -98,3 +98,16 @@ export function parseLogSegmentKey(key: string): { day: string; first: string; l
   const [, day, first, last] = /\/(\d{4}-\d\d-\d\d)\/\d\d-(\d+-\d+)_(\d+-\d+)\.jsonl\.gz$/.exec(key) ?? [];
   return day && first && last ? { day, first, last } : undefined;
 }
+
+/**
+ * `dead-letters/<tenant>/<endpoint id>/2026-11-22/`: what an endpoint was not told, by the day (UTC) on which it was
+ * given up; all of them without a day.
+ * @param day `YYYY-MM-DD`
+ */
+export function deadLetterPrefix(tenant: string, endpointId: string, day?: string): string {
+  return `dead-letters/${tenant}/${endpointId}/${day === undefined ? '' : `${day}/`}`;
+}
+
+export function deadLetterKey(tenant: string, endpointId: string, deadAt: Date, eventId: string): string {
+  return `${deadLetterPrefix(tenant, endpointId, deadAt.toISOString().slice(0, 10))}${eventId}.json`;
+}

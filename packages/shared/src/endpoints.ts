@@ -147,6 +147,8 @@ export interface Endpoint {
   readonly maxPerSecond: number;
   readonly status: EndpointStatus;
   readonly disabledReason?: EndpointDisabledReason;
+  /** Epoch milliseconds: when it disabled itself, as long as no event has told of it ({@link Endpoints.toldDisabled}). */
+  readonly disabledUntold?: number;
   /** Epoch milliseconds: the first failure since the last success. */
   readonly failingSince?: number;
   /** To the second. */
@@ -252,6 +254,8 @@ export interface Endpoints {
    * @returns whether it was not disabled before.
    */
   disable(tenant: string, id: string, reason: EndpointDisabledReason, url?: string): Promise<boolean>;
+  /** The event that it was disabled is in the log. */
+  toldDisabled(tenant: string, id: string, disabledAt: number): Promise<void>;
   /**
    * It goes on where it stood. @throws {ProblemError} endpoint_not_found, endpoint_unverified
    */
@@ -612,10 +616,22 @@ export function createEndpoints({ redis, secrets, now = Date.now }: EndpointsOpt
         if (!is || status === 'disabled' || is !== (url ?? is)) return false;
         const result = await write(tenant, id, {
           expected: { url: is, status: status ?? '' },
-          set: { status: 'disabled', disabledReason: reason, updatedAt: String(now()) },
+          set: {
+            status: 'disabled',
+            disabledReason: reason,
+            updatedAt: String(now()),
+            ...(reason === 'operator' ? {} : { disabledUntold: String(now()) }),
+          },
         });
         if (result !== 'changed') return result === 'done';
       }
+    },
+
+    async toldDisabled(tenant, id, disabledAt) {
+      await write(tenant, id, {
+        expected: { disabledUntold: String(disabledAt) },
+        clear: ['disabledUntold'],
+      });
     },
 
     async enable(tenant, id) {
@@ -714,6 +730,7 @@ function hasOddPath(text: string): boolean {
 function fromHash(tenant: string, id: string, hash: Readonly<Record<string, string>>): Endpoint {
   const numberOf = (field: string) => (hash[field] === undefined ? undefined : Number(hash[field]));
   const failingSince = numberOf('failingSince');
+  const disabledUntold = numberOf('disabledUntold');
   const lastSuccessAt = numberOf('lastSuccessAt');
   const { description, disabledReason, cursor, verification } = hash;
   // Types of a newer version that this process does not know are nothing to it.
@@ -729,6 +746,7 @@ function fromHash(tenant: string, id: string, hash: Readonly<Record<string, stri
     ...(disabledReason === undefined
       ? {}
       : { disabledReason: z.enum(endpointDisabledReasons).parse(disabledReason) }),
+    ...(disabledUntold === undefined ? {} : { disabledUntold }),
     ...(failingSince === undefined ? {} : { failingSince }),
     ...(lastSuccessAt === undefined ? {} : { lastSuccessAt }),
     ...(cursor === undefined ? {} : { cursor }),

@@ -1,7 +1,10 @@
 /** The HTTP surface: which path does what. */
 import { once } from 'node:events';
 import path from 'node:path';
+import type { EndpointQueues } from '@acousticsense/shared/endpoint-queues';
+import type { AddressRules, Endpoints } from '@acousticsense/shared/endpoints';
 import { InfrastructureFault, ProblemError, toProblemJson } from '@acousticsense/shared/errors';
+import type { EventLog } from '@acousticsense/shared/event-log';
 import { topGenres } from '@acousticsense/shared/events';
 import type { JobRecord } from '@acousticsense/shared/job';
 import { spectrogramKey } from '@acousticsense/shared/object-keys';
@@ -14,6 +17,7 @@ import { ObjectNotFound, type Storage } from '@acousticsense/shared/storage';
 import type { Tenants } from '@acousticsense/shared/tenants';
 import { parseNpy } from '@acousticsense/shared/tensor';
 import type { Tell } from '@acousticsense/shared/told-event';
+import type { WebhookOrders } from '@acousticsense/shared/webhook-orders';
 import express, { type ErrorRequestHandler, type Express, type Request, type Response } from 'express';
 import helmet from 'helmet';
 import { Histogram } from 'prom-client';
@@ -39,6 +43,7 @@ import { createSourceRoutes } from './source-routes.ts';
 import { drawSpectrogram, side } from './spectrogram.ts';
 import { createUploadRoutes } from './upload-routes.ts';
 import type { Uploads } from './uploads.ts';
+import { createWebhookRoutes } from './webhook-routes.ts';
 
 export interface AppDeps {
   readonly service: Service;
@@ -59,6 +64,11 @@ export interface AppDeps {
   readonly signer: UrlSigner;
   readonly feed: EventFeed;
   readonly tell: Tell;
+  readonly endpoints: Endpoints;
+  readonly orders: WebhookOrders;
+  readonly endpointQueues: EndpointQueues;
+  readonly eventLog: EventLog;
+  readonly guard: AddressRules;
 }
 
 /** How long a client may go on sending an upload that was refused. */
@@ -186,6 +196,12 @@ export function createApp(deps: AppDeps): Express {
   app.use(createSourceRoutes({ sources, reader: sourceReader, tenantOf }));
   app.use(createUploadRoutes(deps.uploads, tenantOf));
   app.use(createEventRoutes({ feed: deps.feed, tell: deps.tell, tenantOf }));
+  const { endpoints, orders, endpointQueues, eventLog, guard } = deps;
+  app.use(
+    createWebhookRoutes({
+      ...{ endpoints, orders, queues: endpointQueues, eventLog, storage, guard, tenantOf, log },
+    }),
+  );
   app.get('/openapi.json', (_request, response) => {
     response.json(openApiDocument());
   });

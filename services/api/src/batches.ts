@@ -17,6 +17,7 @@ import type { SourceMatcher, Sources } from '@acousticsense/shared/sources';
 import { deletePrefix, ObjectNotFound, type Storage } from '@acousticsense/shared/storage';
 import type { Logger } from 'pino';
 import type { z } from 'zod';
+import type { CallbackFor } from './callbacks.ts';
 import type { Bind } from './idempotency.ts';
 import type { Jobs } from './jobs.ts';
 import type { Limits } from './limits.ts';
@@ -33,6 +34,7 @@ export interface BatchesDeps {
   readonly mappings: Mappings;
   readonly jobs: Pick<Jobs, 'servedModel'>;
   readonly limits: Limits;
+  readonly callbackFor: CallbackFor;
   readonly index: Pick<AnswerIndex, 'writeTombstone'>;
   readonly log: Logger;
   readonly maxRows: number;
@@ -200,6 +202,8 @@ export function createBatches(deps: BatchesDeps) {
         { field: 'explain' },
       );
     }
+    const callback =
+      options.callbackUrl === undefined ? undefined : await deps.callbackFor(tenant, options.callbackUrl);
     const selection = {
       windows: options.windows ?? old?.selection.windows ?? model.windows,
       start: options.start ?? old?.selection.start ?? 0,
@@ -232,6 +236,9 @@ export function createBatches(deps: BatchesDeps) {
       tensorsOf: old && sameWindows && old.profileHash === model.profileHash ? old.id : undefined,
       mapped: mapping !== undefined,
       force: options.force,
+      // Who repeats a batch looks at the differences; other systems would take it for news.
+      notify: options.notify ?? (old && !callback ? 'none' : 'batch'),
+      callback,
       revision: await batches.nextRevision(tenant),
     };
     await batches.create(batch);
@@ -445,6 +452,7 @@ export function presentBatch(
     ...(batch.name === undefined ? {} : { name: batch.name }),
     state: batch.state,
     class: batch.class,
+    notify: batch.notify,
     createdAt: time(batch.createdAt),
     updatedAt: time(batch.updatedAt),
     ...(batch.endedAt === undefined ? {} : { endedAt: time(batch.endedAt) }),

@@ -1,5 +1,5 @@
 import assert from 'node:assert/strict';
-import { randomUUIDv7 } from 'node:crypto';
+import { randomBytes, randomUUIDv7 } from 'node:crypto';
 import { once } from 'node:events';
 import { mkdtemp, rm } from 'node:fs/promises';
 import { createServer } from 'node:http';
@@ -9,6 +9,7 @@ import path from 'node:path';
 import { type TestContext, test } from 'node:test';
 import { pathToFileURL } from 'node:url';
 import { createBatchRecords, rowJobId } from '@acousticsense/shared/batch-records';
+import { createEndpoints, endpointDefinitionSchema } from '@acousticsense/shared/endpoints';
 import { InfrastructureFault, ProblemError } from '@acousticsense/shared/errors';
 import type { JobRecord } from '@acousticsense/shared/job';
 import { createJobRecords } from '@acousticsense/shared/job-records';
@@ -22,10 +23,12 @@ import {
 import { openStorage } from '@acousticsense/shared/open-storage';
 import { createQueues } from '@acousticsense/shared/queues';
 import { connectRedis } from '@acousticsense/shared/redis';
+import { createSecrets } from '@acousticsense/shared/secrets';
 import { createTenants } from '@acousticsense/shared/tenants';
 import { writeUpload } from '@acousticsense/shared/uploads';
 import { pino } from 'pino';
 import { startRedis, type TestRedis } from '../../../test/redis.ts';
+import { createCallbacks } from './callbacks.ts';
 import { createChanges } from './changes.ts';
 import { createJobs, type JobsDeps } from './jobs.ts';
 import { createLimits } from './limits.ts';
@@ -77,6 +80,7 @@ async function acceptJobs(
   const uploadedRefs = createUploadedRefs({
     ...{ redis, batches: createBatchRecords(redis, retention), retention },
   });
+  const endpoints = createEndpoints({ redis, secrets: createSecrets(randomBytes(32).toString('base64')) });
   const jobs = createJobs({
     redis,
     storage,
@@ -86,6 +90,7 @@ async function acceptJobs(
     log,
     uploads,
     uploadedRefs,
+    callbackFor: createCallbacks(endpoints),
     limits: createLimits({
       ...{ redis, records, tenants: createTenants(redis), maxOpenJobs: 10 },
       ...{ requestsPerMinute: 0, rowsPerDay: 0, bytesPerDay: 0 },
@@ -130,7 +135,7 @@ async function acceptJobs(
     return last!;
   }
   const stored = async () => (await Array.fromAsync(storage.list('jobs/'))).map(({ key }) => key);
-  return { jobs, records, uploadedRefs, storage, send, sendJson, stored };
+  return { jobs, records, uploadedRefs, endpoints, storage, send, sendJson, stored };
 }
 
 test('a job whose record is committed is accepted, even if Redis is lost before it is queued', async (t) => {
@@ -231,6 +236,55 @@ test('a job under a ref takes a revision and is found by the ref; one without ta
   assert.equal((await uploadedRefs.jobsOf('acme', 'ISRC-1')).length, 4, 'the newest alone are kept');
   for (const ref of ['x'.repeat(257), 'a\nb'])
     await assert.rejects(send({ ref }), (error) => (error as ProblemError).details.field === 'ref');
+});
+
+test('a job is told of under an enabled endpoint of its tenant; anything else is refused in a sentence', async (t) => {
+  await using server = await startRedis();
+  const { endpoints, records, send, stored } = await acceptJobs(t, server, oldDescription);
+  const register = async (tenant: string, url: string, isVerified = true) => {
+    const { endpoint } = await endpoints.create(tenant, endpointDefinitionSchema.parse({ url }));
+    if (isVerified) await endpoints.verified(tenant, endpoint.id, { at: 1, ok: true, url });
+    return endpoint.id;
+  };
+  const id = await register('acme', 'https://receiver.example.com/hooks');
+  const closer = await register('acme', 'https://receiver.example.com/hooks/songs');
+  const disabled = await register('acme', 'https://off.example.com/');
+  await endpoints.disable('acme', disabled, 'operator');
+  await register('acme', 'https://new.example.com/', false);
+  await register('other', 'https://other.example.com/');
+
+  const job = await send({ callbackUrl: 'https://Receiver.example.com:443/hooks/a?song=1' });
+  const callback = { endpointId: id, url: 'https://receiver.example.com/hooks/a?song=1' };
+  assert.deepEqual((await records.get('acme', job.id))?.callback, callback);
+  const other = await send({ callbackUrl: 'https://receiver.example.com/hooks/songs/1' });
+  assert.equal((await records.get('acme', other.id))?.callback?.endpointId, closer);
+  assert.equal((await send()).callback, undefined);
+
+  const before = await stored();
+  for (const [callbackUrl, words] of [
+    ['hooks', /is no URL/],
+    ['ftp://receiver.example.com/hooks', /must begin with https/],
+    ['javascript:alert(1)', /must begin with https/],
+    ['http://receiver.example.com/hooks', /under none of your endpoints/],
+    ['https://receiver.example.com:8443/hooks', /under none of your endpoints/],
+    ['https://receiver.example.com/hooksandmore', /under none of your endpoints/],
+    ['https://receiver.example.com/hooks/../admin', /under none of your endpoints/],
+    ['https://receiver.example.com.evil.example/hooks', /under none of your endpoints/],
+    ['https://other.example.com/', /under none of your endpoints/],
+    ['https://user:pass@receiver.example.com/hooks', /no user and no password/],
+    ['https://@receiver.example.com/hooks', /no user and no password/],
+    ['https://receiver.example.com/hooks#a', /no fragment/],
+    ['https://new.example.com/a', /not verified yet/],
+    ['https://off.example.com/a', /is disabled/],
+  ] as const) {
+    await assert.rejects(send({ callbackUrl }), (error) => {
+      assert.ok(error instanceof ProblemError);
+      assert.deepEqual([error.code, error.details.field], ['callback_not_allowed', 'callbackUrl']);
+      assert.match(error.message, words, callbackUrl);
+      return true;
+    });
+  }
+  assert.deepEqual(await stored(), before, 'the audio of what is refused does not stay');
 });
 
 test('deleting a finished job deletes all that was stored beside its result', async (t) => {

@@ -17,6 +17,7 @@ import { deletePrefix, ObjectNotFound, type Storage } from '@acousticsense/share
 import type { Redis } from 'ioredis';
 import type { Logger } from 'pino';
 import type { z } from 'zod';
+import type { CallbackFor } from './callbacks.ts';
 import type { Changes } from './changes.ts';
 import { type Bind, fingerprintOf } from './idempotency.ts';
 import type { Charge, Limits } from './limits.ts';
@@ -36,6 +37,7 @@ export interface JobsDeps {
   readonly limits: Limits;
   readonly uploads: Pick<Uploads, 'find'>;
   readonly uploadedRefs: Pick<UploadedRefs, 'claim'>;
+  readonly callbackFor: CallbackFor;
   readonly maxUploadBytes: number;
 }
 
@@ -155,8 +157,9 @@ export function createJobs(deps: JobsDeps) {
     let creating = false;
     try {
       const options = sent.options();
-      const { start, duration, topK, explain, vectors, ref } = options;
+      const { start, duration, topK, explain, vectors, ref, callbackUrl } = options;
       refuseWhatModelCannot(options, description);
+      const callback = callbackUrl === undefined ? undefined : await deps.callbackFor(tenant, callbackUrl);
       const made = {
         id,
         tenant,
@@ -174,6 +177,7 @@ export function createJobs(deps: JobsDeps) {
           ...(duration === undefined ? {} : { duration }),
         },
         presentation: { topK, threshold: options.threshold ?? description.threshold },
+        ...(callback ? { callback } : {}),
         ...(explain || vectors ? { extras: { explain, vectors } } : {}),
         timings: sent.timings,
       };

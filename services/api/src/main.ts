@@ -4,6 +4,8 @@ import { openSources } from '@acousticsense/egress/open-sources';
 import { createAnswerIndex } from '@acousticsense/shared/answer-index';
 import { openBackends } from '@acousticsense/shared/backends';
 import { createBatchRecords } from '@acousticsense/shared/batch-records';
+import { createEndpointQueues } from '@acousticsense/shared/endpoint-queues';
+import { createEndpoints } from '@acousticsense/shared/endpoints';
 import { StartupError } from '@acousticsense/shared/errors';
 import { createEventLog } from '@acousticsense/shared/event-log';
 import { announcePublicUrl } from '@acousticsense/shared/public-url';
@@ -11,11 +13,13 @@ import { type Service, startService } from '@acousticsense/shared/service';
 import { createUrlSigner } from '@acousticsense/shared/signed-url';
 import { createTenants } from '@acousticsense/shared/tenants';
 import { createTelling } from '@acousticsense/shared/told-event';
+import { createOrders } from '@acousticsense/shared/webhook-orders';
 import { createApp } from './app.ts';
 import { exportQueues, lookAtQueues } from './backlogs.ts';
 import { createDiff } from './batch-diff.ts';
 import { createBatchRows } from './batch-rows.ts';
 import { createBatches } from './batches.ts';
+import { createCallbacks } from './callbacks.ts';
 import { createChanges } from './changes.ts';
 import { type ApiConfig, loadConfig, urlOf } from './config.ts';
 import { createEventFeed } from './event-feed.ts';
@@ -55,21 +59,25 @@ async function wire(service: Service): Promise<void> {
   const batchRecords = createBatchRecords(redis, config.retention);
   const uploadedRefs = createUploadedRefs({ redis, batches: batchRecords, retention: config.retention });
   const idempotency = createIdempotency(redis, log);
+  const { sources, sourceReader, secrets, guard } = openSources(service, backends, config);
+  const endpoints = createEndpoints({ redis, secrets });
+  const callbackFor = createCallbacks(endpoints);
   const { maxUploadBytes } = config;
   const jobs = createJobs({
     ...{ redis, storage, records, queues, changes, log, limits, uploads, uploadedRefs, maxUploadBytes },
+    callbackFor,
   });
   service.addCheck('model', async () => {
     await jobs.servedModel();
   });
 
-  const { sources, sourceReader } = openSources(service, backends, config);
   redis.once('ready', () => {
-    sources.reseal().then(
-      (resealed) =>
-        resealed > 0 && log.info({ resealed }, 'credentials of sources sealed with the current key'),
-      (error) => log.warn({ err: error }, 'credentials of sources are not sealed with the current key yet'),
-    );
+    for (const [of, sealed] of Object.entries({ sources, endpoints })) {
+      sealed.reseal().then(
+        (resealed) => resealed > 0 && log.info({ of, resealed }, 'secrets sealed with the current key'),
+        (error) => log.warn({ err: error, of }, 'secrets are not sealed with the current key yet'),
+      );
+    }
   });
 
   const index = createAnswerIndex({ storage, directory: config.indexDirectory, log });
@@ -79,7 +87,7 @@ async function wire(service: Service): Promise<void> {
   const { maxBatchRows: maxRows, maxActiveBatches: maxActive } = config;
   const batches = createBatches({
     ...{ storage, batches: batchRecords, stored, sources, mappings, jobs, limits, index, log },
-    ...{ maxRows, maxActive },
+    ...{ maxRows, maxActive, callbackFor },
   });
 
   const rows = createBatchRows({ batches: batchRecords, records, storage, stored });
@@ -91,11 +99,16 @@ async function wire(service: Service): Promise<void> {
   const signer = createUrlSigner(config.secretsKey);
   let publicUrl = config.publicUrl ?? '';
   const tell = createTelling({ signer, publicUrl: () => publicUrl });
-  const feed = createEventFeed({ subscriber, log: createEventLog({ redis, storage, log }) });
+  const eventLog = createEventLog({ redis, storage, log });
+  const feed = createEventFeed({ subscriber, log: eventLog });
+  const orders = createOrders(redis);
+  service.onClose('webhook orders', () => orders.close());
+  const endpointQueues = createEndpointQueues(redis);
 
   const app = createApp({
     ...{ service, config, jobs, changes, storage, sources, sourceReader },
     ...{ batches, results, diff, mappings, tenants, limits, idempotency, uploads, signer, feed, tell },
+    ...{ endpoints, orders, endpointQueues, eventLog, guard },
   });
   const server = createServer(app);
   // An upload may take as long as it moves: idle time is limited, the whole is not.

@@ -1,5 +1,5 @@
 /** The API's contract: these schemas validate, and /openapi.json is generated from them. */
-import { batchClasses, batchStates } from '@acousticsense/shared/batch';
+import { batchClasses, batchStates, notifications } from '@acousticsense/shared/batch';
 import { problemCodes } from '@acousticsense/shared/errors';
 import { mappingSchema } from '@acousticsense/shared/house-genres';
 import {
@@ -62,11 +62,18 @@ export const refSchema = z
   .max(256)
   .regex(/^\P{Cc}*$/u, 'must hold no line break or other control character');
 
+const callbackUrlSchema = z
+  .string()
+  .min(1)
+  .max(2_000)
+  .describe('where to tell of it, beside the endpoints: under one of them that is enabled');
+
 /** Form fields beside the file. */
 export const jobOptionsSchema = analysisOptionsSchema.extend({
   ref: refSchema
     .optional()
     .describe("the caller's own name for the track: /v1/results?ref= finds its latest result"),
+  callbackUrl: callbackUrlSchema.optional(),
 });
 
 const optional = <T extends z.ZodType>(schema: T) => schema.optional();
@@ -87,6 +94,13 @@ export const batchOptionsSchema = analysisOptionsSchema.extend({
     .optional()
     .describe('digest of the model; the one that is served to everybody when absent'),
   mapping: mappingNameSchema.optional().describe('name of a house mapping, see /v1/mappings'),
+  notify: z
+    .enum(notifications)
+    .optional()
+    .describe(
+      'what is told of it: nothing, the batch as a whole, or each row too; `batch` when absent, `none` for a repetition without a callback',
+    ),
+  callbackUrl: callbackUrlSchema.optional(),
 });
 
 export const batchListQuerySchema = z.strictObject({
@@ -101,6 +115,7 @@ export const batchSchema = z.strictObject({
   name: z.string().optional(),
   state: z.enum(batchStates),
   class: z.enum(batchClasses),
+  notify: z.enum(notifications).describe('what webhooks and the pull feed tell of it'),
   createdAt: z.iso.datetime(),
   updatedAt: z.iso.datetime(),
   endedAt: z.iso.datetime().optional(),
@@ -169,6 +184,7 @@ export const jobRequestSchema = z.strictObject({
   explain: z.boolean().default(false),
   vectors: z.boolean().default(false),
   ref: refSchema.optional().describe("the caller's own name for the track"),
+  callbackUrl: callbackUrlSchema.optional(),
 });
 
 const guess = z.strictObject({ label: z.string(), confidence: z.number().min(0).max(1) });

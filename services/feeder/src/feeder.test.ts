@@ -1,7 +1,10 @@
 import assert from 'node:assert/strict';
+import { once } from 'node:events';
+import { type AddressInfo, createServer } from 'node:net';
 import { after, afterEach, before, describe, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { batchPrefix, vectorsKey } from '@acousticsense/shared/object-keys';
+import { queueName } from '@acousticsense/shared/pipeline';
 import { createTenants } from '@acousticsense/shared/tenants';
 import { failsSome, objects, startCatalogue, type TestCatalogue, type Work } from './testing/catalogue.ts';
 
@@ -49,6 +52,33 @@ describe('the feeder', () => {
     );
     assert.ok(results.slice(0, 2_499).every(({ outcome, verdict }) => outcome && verdict === 'undeclared'));
     assert.equal(await catalogue.queued(), 0);
+  });
+
+  test('the rows that no queue has room for are told of, by the queues that they will go through, until they are in', {
+    timeout: 60_000,
+  }, async () => {
+    const probe = createServer().listen(0, '127.0.0.1');
+    await once(probe, 'listening');
+    const { port } = probe.address() as AddressInfo;
+    await new Promise((resolve) => probe.close(resolve));
+    await startFeeder({ METRICS_PORT: String(port) });
+    const told = async () => {
+      const metrics = await (await fetch(`http://127.0.0.1:${port}/metrics`)).text();
+      return /^acousticsense_feeder_rows_waiting\{(.*)\} (\d+)$/m.exec(metrics)?.slice(1) ?? [];
+    };
+    const batch = await catalogue.submit(objects(500, { name: 'told' }));
+    // Without a worker nothing has room.
+    let labels = '';
+    for (let rows = ''; rows !== '500'; await sleep(20)) [labels = '', rows = ''] = await told();
+    const { profileHash, modelDigest } = await catalogue.when(batch, () => true);
+    assert.match(labels, new RegExp(`decode_queue="${queueName('decode', { profileHash, modelDigest })}"`));
+    assert.match(
+      labels,
+      new RegExp(`inference_queue="${queueName('inference', { profileHash, modelDigest })}"`),
+    );
+    startWorkers();
+    await catalogue.ended(batch);
+    while ((await told()).length > 0) await sleep(20);
   });
 
   test('a batch without rows ends', async () => {

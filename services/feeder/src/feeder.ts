@@ -19,7 +19,7 @@ import {
   refOf,
 } from '@acousticsense/shared/job-records';
 import { rowIndex } from '@acousticsense/shared/manifest';
-import { isFinished, type StageName, stageOf } from '@acousticsense/shared/pipeline';
+import { isFinished, queueName, type StageName, stageOf } from '@acousticsense/shared/pipeline';
 import type { Queues } from '@acousticsense/shared/queues';
 import { knownModel, type ModelDescription } from '@acousticsense/shared/serving';
 import type { Redis } from 'ioredis';
@@ -65,6 +65,12 @@ const abandonedMs = 3_600_000;
 const cancelledAtOnce = 100;
 
 export type Feeder = ReturnType<typeof createFeeder>;
+
+export interface WaitingRows {
+  readonly decodeQueue: string;
+  readonly inferenceQueue: string;
+  readonly rows: number;
+}
 
 export function createFeeder(deps: FeederDeps) {
   const { redis, records, batches, queues, parts, log, signal } = deps;
@@ -297,6 +303,19 @@ export function createFeeder(deps: FeederDeps) {
     async settle() {
       await Promise.all(Object.values(errands).map((some) => some.settle()));
     },
+    /** Rows that wait for room in the queues, by the queues that they will go through. */
+    waitingRows(): WaitingRows[] {
+      const sums = new Map<string, WaitingRows>();
+      for (const { batch } of feeds.values()) {
+        if (batch.state !== 'running') continue;
+        const decodeQueue = queueName('decode', batch);
+        const inferenceQueue = queueName('inference', batch);
+        const rows = (sums.get(inferenceQueue)?.rows ?? 0) + batch.waiting;
+        sums.set(inferenceQueue, { decodeQueue, inferenceQueue, rows });
+      }
+      return [...sums.values()];
+    },
+
     /** Another process has fed meanwhile: what was known of the batches is not what is. */
     forget() {
       feeds.clear();

@@ -34,6 +34,18 @@ async function wire(service: Service): Promise<void> {
       this.set(lease.isHeld() ? 1 : 0);
     },
   });
+  new Gauge({
+    name: 'acousticsense_feeder_rows_waiting',
+    help: 'Rows of running batches that wait for room in the queues, by the queues that they will go through.',
+    labelNames: ['decode_queue', 'inference_queue'],
+    registers: [service.registry],
+    collect() {
+      this.reset();
+      if (!lease.isHeld()) return;
+      for (const { decodeQueue, inferenceQueue, rows } of feeder.waitingRows())
+        this.set({ decode_queue: decodeQueue, inference_queue: inferenceQueue }, rows);
+    },
+  });
   const running = run(service, feeder, retention, lease, signal);
   service.onClose('feeder', async () => {
     stop.abort(new Error('the feeder stops'));

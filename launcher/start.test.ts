@@ -114,6 +114,7 @@ describe('npm start', () => {
       'fetch',
       'inference',
       'redis',
+      'webhook',
     ]);
     const job = await finished(url(), (await upload(url(), song)).id);
     assert.equal(job.state, 'completed');
@@ -139,7 +140,7 @@ describe('npm start', () => {
     await rm(other, { recursive: true });
   });
 
-  for (const name of ['decoder', 'inference', 'fetch', 'feeder', 'redis', 'api']) {
+  for (const name of ['decoder', 'inference', 'fetch', 'feeder', 'webhook', 'redis', 'api']) {
     test(`a killed ${name} process is started again, and the next song gets its genres`, async () => {
       const killed = run().processes[name]!.pid;
       process.kill(killed, 'SIGKILL');

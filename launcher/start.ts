@@ -22,7 +22,7 @@ import { createProcessLog } from './process-log.ts';
 import { type ProcessSpec, type SupervisedProcess, superviseProcess } from './supervised-process.ts';
 
 const root = path.dirname(import.meta.dirname);
-const services = ['api', 'decoder', 'inference', 'fetch', 'feeder'] as const;
+const services = ['api', 'decoder', 'inference', 'fetch', 'feeder', 'webhook'] as const;
 
 /** Loading a large append-only file takes Redis a while; a Redis elsewhere answers at once or not. */
 const privateRedisPatienceMs = 120_000;

@@ -299,7 +299,7 @@ describe('a batch', () => {
     const candidate = await startSystem({
       redisUrl: system.redis.url,
       storageUrl: pathToFileURL(path.join(system.directory, 'objects')).href,
-      without: ['api', 'decoder', 'fetch', 'feeder'],
+      without: ['api', 'decoder', 'fetch', 'feeder', 'webhook'],
       env: { MODEL_URL: bundle, MODEL_CANDIDATE: '1' },
     });
     try {

@@ -41,7 +41,7 @@ test('a roll-out under load answers every job by the model it was pinned to, and
     await using _new = await startSystem({
       redisUrl: old.redis.url,
       storageUrl: pathToFileURL(path.join(old.directory, 'objects')).href,
-      without: ['api', 'decoder', 'fetch', 'feeder'],
+      without: ['api', 'decoder', 'fetch', 'feeder', 'webhook'],
       env: { MODEL_URL: bundle },
     });
     const version = async () => (await request<{ version: string }>(`${old.url}/v1/model`)).body.version;

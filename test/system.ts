@@ -1,5 +1,5 @@
 /**
- * The whole product for a test: private Redis, API, decoder, inference and fetch as processes of their own, in a data
+ * The whole product for a test: private Redis and every service as processes of their own, in a data
  * directory of their own. Any of them can be killed and started again.
  */
 import { type ChildProcess, spawn } from 'node:child_process';
@@ -16,7 +16,7 @@ const root = path.resolve(import.meta.dirname, '..');
 /** Seals the credentials of tests. */
 const testSecretsKey = Buffer.alloc(32, 'test').toString('base64');
 
-export type ServiceName = 'api' | 'decoder' | 'inference' | 'fetch' | 'feeder';
+export type ServiceName = 'api' | 'decoder' | 'inference' | 'fetch' | 'feeder' | 'webhook';
 
 export interface System extends AsyncDisposable {
   /** `http://127.0.0.1:PORT` of the API. */
@@ -110,7 +110,7 @@ export async function startSystem({
   }
 
   try {
-    const names = (['decoder', 'inference', 'fetch', 'feeder', 'api'] as const).filter(
+    const names = (['decoder', 'inference', 'fetch', 'feeder', 'webhook', 'api'] as const).filter(
       (name) => !without.includes(name),
     );
     await Promise.all(names.map((name) => start(name)));

@@ -190,7 +190,7 @@ describe('an API', () => {
   before(async () => {
     system = await startSystem({
       env: { API_KEY: operatorKey },
-      without: ['decoder', 'inference', 'fetch', 'feeder'],
+      without: ['decoder', 'inference', 'fetch', 'feeder', 'webhook'],
     });
     redis = connectRedisForWorker(system.redis.url);
     await announceWorkers(redis);

@@ -101,11 +101,11 @@ export function parseLogSegmentKey(key: string): { day: string; first: string; l
 
 /**
  * `dead-letters/<tenant>/<endpoint id>/2026-11-22/`: what an endpoint was not told, by the day (UTC) on which it was
- * given up; all of them without a day.
+ * given up; all of them without a day, and those of all endpoints without an id.
  * @param day `YYYY-MM-DD`
  */
-export function deadLetterPrefix(tenant: string, endpointId: string, day?: string): string {
-  return `dead-letters/${tenant}/${endpointId}/${day === undefined ? '' : `${day}/`}`;
+export function deadLetterPrefix(tenant: string, endpointId?: string, day?: string): string {
+  return `${['dead-letters', tenant, endpointId, day].filter(Boolean).join('/')}/`;
 }
 
 export function deadLetterKey(tenant: string, endpointId: string, deadAt: Date, eventId: string): string {

@@ -1,0 +1,261 @@
+/**
+ * The queues of the endpoints, from the side that sends: one BullMQ worker for each enabled endpoint. What an attempt
+ * brought decides what follows:
+ *
+ *   delivered   the message is over
+ *   failed      it waits, longer each time; the last attempt makes it a dead letter. When nothing at all was delivered
+ *               while all attempts of one message failed, the endpoint is disabled
+ *   gone (410)  a dead letter, and the endpoint is disabled
+ *   Redis or storage away, this process killed   the attempt does not count: it is made again, under the same id
+ */
+import type { Endpoint, Endpoints } from '@acousticsense/shared/endpoints';
+import { endpointQueueName } from '@acousticsense/shared/endpoints';
+import { InfrastructureFault, isRedisAway } from '@acousticsense/shared/errors';
+import type { DeliveryLog } from '@acousticsense/shared/event-log';
+import { queuePrefix } from '@acousticsense/shared/queues';
+import { DelayedError, type Job, Worker } from 'bullmq';
+import type { Redis } from 'ioredis';
+import type { Logger } from 'pino';
+import type { Clock } from './clock.ts';
+import type { DeadLetters, DeathReason } from './dead-letters.ts';
+import type { Deliver, Outcome } from './deliver.ts';
+import { allEndpoints } from './dispatcher.ts';
+import {
+  type Attempt,
+  backoffBy,
+  type MessageQueues,
+  maxAttempts,
+  parseMessage,
+  type QueuedMessage,
+  TryLater,
+} from './messages.ts';
+import type { Metrics } from './metrics.ts';
+import type { Order } from './order-of-refs.ts';
+
+export interface DeliveriesDeps {
+  /** A further connection, for a worker's blocking reads. */
+  readonly connect: () => Redis;
+  readonly endpoints: Endpoints;
+  readonly queues: MessageQueues;
+  readonly order: Order;
+  readonly receipts: Pick<DeliveryLog, 'append'>;
+  readonly deadLetters: Pick<DeadLetters, 'bury'>;
+  readonly deliver: Deliver;
+  readonly clock: Clock;
+  readonly metrics: Metrics;
+  readonly log: Logger;
+  /** Aborted when running attempts are to be given back. */
+  readonly closing: AbortSignal;
+}
+
+export interface Deliveries {
+  /** Endpoints by status, as this process saw them last. */
+  statuses(): Readonly<Record<Endpoint['status'], number>>;
+  close(): Promise<void>;
+}
+
+const lookMs = 1_000;
+const lockMs = 10_000;
+/** A rotated secret signs within this time. */
+const believedMs = 1_000;
+const holdLeastMs = 100;
+const holdMostMs = 60_000;
+const faultMs = 1_000;
+
+interface Running {
+  readonly worker: Worker<QueuedMessage>;
+  readonly connection: Redis;
+  readonly maxInFlight: number;
+  readonly maxPerSecond: number;
+}
+
+export function createDeliveries(deps: DeliveriesDeps): Deliveries {
+  const { endpoints, queues, order, receipts, deadLetters, deliver, clock, metrics, log, closing } = deps;
+  const running = new Map<string, Running>();
+  let statuses = { unverified: 0, enabled: 0, disabled: 0 };
+  let stopped = false;
+  const secretsOf = remember((tenant, id) => endpoints.signingSecrets(tenant, id, clock.now()));
+  const endpointOf = remember((tenant, id) => endpoints.get(tenant, id));
+
+  async function look(): Promise<void> {
+    const all = await allEndpoints(endpoints);
+    statuses = { unverified: 0, enabled: 0, disabled: 0 };
+    for (const { status } of all) statuses[status] += 1;
+    const wanted = new Map(all.filter(({ status }) => status === 'enabled').map((one) => [one.id, one]));
+    await Promise.all(
+      [...running].map(async ([id, { maxInFlight, maxPerSecond }]) => {
+        const endpoint = wanted.get(id);
+        const same = endpoint?.maxInFlight === maxInFlight && endpoint.maxPerSecond === maxPerSecond;
+        if (!same) await end(id);
+      }),
+    );
+    for (const endpoint of wanted.values()) {
+      if (stopped) return;
+      if (!running.has(endpoint.id)) await begin(endpoint);
+    }
+  }
+
+  async function begin({ id, maxInFlight, maxPerSecond }: Endpoint): Promise<void> {
+    await queues.of(id).setGlobalConcurrency(maxInFlight);
+    const connection = deps.connect();
+    const name = endpointQueueName(id);
+    const worker = new Worker<QueuedMessage>(name, process, {
+      connection,
+      prefix: queuePrefix(name),
+      concurrency: maxInFlight,
+      limiter: { max: maxPerSecond, duration: 1_000 },
+      lockDuration: lockMs,
+      stalledInterval: lockMs / 2,
+      // A message is bounded by its attempts, not by how often this process is killed.
+      maxStalledCount: 1_000_000,
+      skipVersionCheck: true,
+      settings: { backoffStrategy: backoffBy(clock) },
+      autorun: false,
+    });
+    worker.on('error', (error) => log.warn({ err: error, endpointId: id }, 'queue worker'));
+    void worker.run().catch((error) => log.error({ err: error, endpointId: id }, 'queue worker ended'));
+    running.set(id, { worker, connection, maxInFlight, maxPerSecond });
+  }
+
+  /** What it is at runs to its end. */
+  async function end(id: string): Promise<void> {
+    const found = running.get(id);
+    if (found === undefined) return;
+    running.delete(id);
+    await found.worker.close();
+    found.connection.disconnect();
+  }
+
+  async function process(job: Job<QueuedMessage>, token: string | undefined): Promise<void> {
+    const message = parseMessage(job.data);
+    if (message === undefined) {
+      log.error({ queue: job.queueName, id: job.id }, 'a message that is not understood is left out');
+      return;
+    }
+    try {
+      await attempt(job, message, token);
+    } catch (error) {
+      const away = error instanceof InfrastructureFault || isRedisAway(error) || closing.aborted;
+      if (!away) throw error;
+      // Not the receiver's doing: the attempt does not count. Should this fail too, the lock runs out.
+      await giveBack(job, token, faultMs);
+    }
+  }
+
+  async function attempt(job: Job<QueuedMessage>, message: QueuedMessage, token?: string): Promise<void> {
+    const { tenant, endpointId } = message;
+    const endpoint = await endpointOf(tenant, endpointId);
+    if (endpoint === undefined) return;
+    if (endpoint.status !== 'enabled') await giveBack(job, token, holdMostMs);
+    const { after } = message;
+    if (after !== undefined && !(await isOver(endpointId, after))) {
+      const waited = clock.now() - message.handedOverAt;
+      await giveBack(job, token, Math.min(holdMostMs, Math.max(holdLeastMs, clock.realMs(waited / 4))));
+    }
+    const secrets = await secretsOf(tenant, endpointId);
+    const { eventId: id, url, body } = message;
+    const at = clock.now();
+    const outcome = await deliver({ id, url, body }, secrets, closing);
+    const made = attemptOf(outcome, at, job.attemptsMade + 1);
+    const about = { eventId: id, type: message.type };
+    metrics.attempts.inc({ outcome: made.outcome, problem: made.problem ?? 'none' });
+    await Promise.all([
+      receipts.append(tenant, { ...made, ...about, endpointId }),
+      endpoints.recordAttempt(tenant, endpointId, { ...made, ...about }),
+    ]);
+    if (outcome.kind === 'delivered') {
+      await endpoints.succeeded(tenant, endpointId, clock.now());
+      metrics.seconds.observe(Math.max(0, clock.now() - Number(message.cursor.split('-')[0])) / 1_000);
+      return order.release(message, job.id!);
+    }
+    const attempts = [...message.attempts, made].slice(-maxAttempts);
+    if (outcome.kind === 'gone') {
+      if (await endpoints.disable(tenant, endpointId, 'gone', endpoint.url))
+        log.info({ tenant, endpointId }, 'endpoint answered 410: disabled');
+      return bury(job, message, attempts, 'gone');
+    }
+    await endpoints.failed(tenant, endpointId, clock.now());
+    if (made.attempt < maxAttempts) {
+      await job.updateData({ ...message, attempts });
+      throw new TryLater(outcome.problem, outcome.retryAfterMs);
+    }
+    await bury(job, message, attempts, 'exhausted');
+    const { failingSince, lastSuccessAt = 0 } = (await endpoints.get(tenant, endpointId)) ?? {};
+    if (failingSince !== undefined && lastSuccessAt < attempts[0]!.at) {
+      if (await endpoints.disable(tenant, endpointId, 'failing', endpoint.url))
+        log.info(
+          { tenant, endpointId, failingSince },
+          'endpoint fails for as long as a message is tried: disabled',
+        );
+    }
+  }
+
+  async function bury(
+    job: Job<QueuedMessage>,
+    message: QueuedMessage,
+    attempts: readonly Attempt[],
+    reason: DeathReason,
+  ): Promise<void> {
+    await deadLetters.bury(message, attempts, reason, clock.now());
+    metrics.deadLetters.inc({ reason });
+    await order.release(message, job.id!);
+  }
+
+  async function isOver(endpointId: string, id: string): Promise<boolean> {
+    const state = await queues.of(endpointId).getJobState(id);
+    return state === 'completed' || state === 'failed' || state === 'unknown';
+  }
+
+  async function run(): Promise<void> {
+    while (!stopped) {
+      await look().catch((error) => log.warn({ err: error }, 'endpoints could not be read'));
+      await Promise.race([stopping.promise, new Promise((resolve) => setTimeout(resolve, lookMs).unref())]);
+    }
+  }
+  const stopping = Promise.withResolvers<void>();
+  const ended = run();
+
+  return {
+    statuses: () => statuses,
+    async close() {
+      stopped = true;
+      stopping.resolve();
+      await ended;
+      await Promise.all([...running.keys()].map(end));
+    },
+  };
+}
+
+/** Spends no attempt. */
+async function giveBack(job: Job, token: string | undefined, ms: number): Promise<never> {
+  await job.moveToDelayed(Date.now() + Math.max(1, Math.round(ms)), token);
+  throw new DelayedError();
+}
+
+function attemptOf(outcome: Outcome, at: number, attempt: number): Attempt {
+  const { kind, ms, status, excerpt } = outcome;
+  return {
+    at: Math.round(at),
+    attempt,
+    outcome: kind,
+    ms,
+    ...(status === undefined ? {} : { status }),
+    ...(outcome.kind === 'failed' ? { problem: outcome.problem } : {}),
+    ...(excerpt === undefined ? {} : { excerpt }),
+  };
+}
+
+/** Believes what was read for a second. */
+function remember<T>(read: (tenant: string, id: string) => Promise<T>) {
+  const known = new Map<string, { at: number; value: Promise<T> }>();
+  return (tenant: string, id: string): Promise<T> => {
+    const key = `${tenant}/${id}`;
+    const entry = known.get(key);
+    if (entry && performance.now() - entry.at < believedMs) return entry.value;
+    if (known.size > 10_000) known.clear();
+    const value = read(tenant, id);
+    known.set(key, { at: performance.now(), value });
+    value.catch(() => known.delete(key));
+    return value;
+  };
+}

@@ -1,0 +1,153 @@
+/**
+ * A message is one event on its way to one endpoint. Each endpoint has a BullMQ queue of its own, so that one that is
+ * slow or dead keeps nobody else waiting, and so that its limits hold over all processes together.
+ */
+import { endpointQueueName } from '@acousticsense/shared/endpoints';
+import { eventTypes } from '@acousticsense/shared/events';
+import { queuePrefix } from '@acousticsense/shared/queues';
+import { withRedis } from '@acousticsense/shared/redis';
+import { type JobsOptions, Queue } from 'bullmq';
+import type { Redis } from 'ioredis';
+import { z } from 'zod';
+import type { Clock } from './clock.ts';
+
+export const attemptSchema = z.object({
+  at: z.int().describe('epoch milliseconds'),
+  attempt: z.int(),
+  outcome: z.enum(['delivered', 'failed', 'gone']),
+  status: z.int().optional(),
+  ms: z.number(),
+  problem: z.string().optional(),
+  excerpt: z.string().optional(),
+});
+export type Attempt = z.infer<typeof attemptSchema>;
+
+/** Not strict: during a roll-out an older process reads the messages of a newer one. */
+const messageSchema = z.object({
+  v: z.literal(1),
+  tenant: z.string(),
+  endpointId: z.string(),
+  /** `webhook-id` */
+  eventId: z.string(),
+  type: z.enum(eventTypes),
+  cursor: z.string(),
+  url: z.string(),
+  /** Worked out once: every attempt signs and sends the same bytes. */
+  body: z.string(),
+  ref: z.string().optional(),
+  /** Queue id of an earlier message on the same ref, which is to be over first. */
+  after: z.string().optional(),
+  handedOverAt: z.number().describe('by the clock'),
+  /** That failed so far. */
+  attempts: z.array(attemptSchema).default([]),
+});
+export type QueuedMessage = z.infer<typeof messageSchema>;
+
+/**
+ * Waits before the second to the tenth attempt, as Standard Webhooks recommends them: 75 hours and a half in all.
+ * https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md
+ */
+const second = 1_000;
+const minute = 60 * second;
+const hour = 60 * minute;
+const waits = [
+  5 * second,
+  5 * minute,
+  30 * minute,
+  2 * hour,
+  5 * hour,
+  10 * hour,
+  14 * hour,
+  20 * hour,
+  24 * hour,
+];
+export const maxAttempts = waits.length + 1;
+/** A tenth more or less: receivers that come back are not met by all at once. */
+const jitter = 0.1;
+
+/**
+ * Milliseconds of the clock before the next attempt.
+ * @param failed how many have failed, from 1.
+ * @param retryAfterMs for how long the receiver asked to be left alone.
+ */
+export function waitAfter(failed: number, retryAfterMs = 0, random = Math.random()): number {
+  const wait = waits[Math.min(failed, waits.length) - 1]!;
+  return Math.max(wait * (1 - jitter + 2 * jitter * random), retryAfterMs);
+}
+
+/** An attempt that failed and is not the last: BullMQ waits as long as this says. */
+export class TryLater extends Error {
+  override readonly name = 'TryLater';
+  readonly retryAfterMs: number | undefined;
+  constructor(problem: string, retryAfterMs: number | undefined) {
+    super(problem);
+    this.retryAfterMs = retryAfterMs;
+  }
+}
+
+/** For BullMQ's worker: real milliseconds before the next attempt. */
+export const backoffBy =
+  (clock: Clock) =>
+  (attemptsMade: number, _type?: string, error?: Error): number =>
+    clock.realMs(waitAfter(attemptsMade, error instanceof TryLater ? error.retryAfterMs : undefined));
+
+/** `again` tells apart what is told once more on request from what is on its way anyway. */
+export function messageId(eventId: string, endpointId: string, again?: string): string {
+  return `${eventId}.${endpointId}${again === undefined ? '' : `.${again}`}`;
+}
+
+const options: JobsOptions = {
+  attempts: maxAttempts,
+  backoff: { type: 'custom' },
+  // A hand-over that is repeated after a crash finds those that were delivered meanwhile: more than one page of them.
+  removeOnComplete: { count: 250 },
+  removeOnFail: { count: 250 },
+};
+
+export interface MessageQueues {
+  of(endpointId: string): Queue<QueuedMessage>;
+  /** Adds messages in their order; one that is there already is left as it is. */
+  add(endpointId: string, messages: readonly { id: string; message: QueuedMessage }[]): Promise<void>;
+  /** Under way, waiting, or waiting to be tried again. */
+  outstanding(endpointId: string): Promise<number>;
+  close(): Promise<void>;
+}
+
+export function createMessageQueues(connection: Redis): MessageQueues {
+  const open = new Map<string, Queue<QueuedMessage>>();
+  function of(endpointId: string): Queue<QueuedMessage> {
+    const name = endpointQueueName(endpointId);
+    let queue = open.get(name);
+    if (queue === undefined) {
+      queue = new Queue<QueuedMessage>(name, {
+        connection,
+        prefix: queuePrefix(name),
+        skipVersionCheck: true,
+      });
+      queue.on('error', () => {});
+      open.set(name, queue);
+    }
+    return queue;
+  }
+  return {
+    of,
+    async add(endpointId, messages) {
+      const jobs = messages.map(({ id, message }) => ({
+        name: 'message' as never,
+        data: message as never,
+        opts: { ...options, jobId: id },
+      }));
+      await withRedis(() => of(endpointId).addBulk(jobs));
+    },
+    outstanding: (endpointId) =>
+      withRedis(() => of(endpointId).getJobCountByTypes('waiting', 'active', 'delayed', 'prioritized')),
+    async close() {
+      await Promise.allSettled([...open.values()].map((queue) => queue.close()));
+    },
+  };
+}
+
+/** @returns undefined for what is no message. */
+export function parseMessage(data: unknown): QueuedMessage | undefined {
+  return messageSchema.safeParse(data).data;
+}

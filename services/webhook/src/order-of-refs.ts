@@ -1,0 +1,63 @@
+/**
+ * Events of one ref reach an endpoint in the order in which they happened: a later one waits until the earlier has been
+ * delivered or given up. So a receiver that is told of revision 8 has been told of revision 7 before, or never will be.
+ * Between different refs there is no order, and nobody waits.
+ */
+import { compareCursors } from '@acousticsense/shared/archived-log';
+import type { Endpoint } from '@acousticsense/shared/endpoints';
+import { withRedis } from '@acousticsense/shared/redis';
+import type { Redis } from 'ioredis';
+import type { QueuedMessage } from './messages.ts';
+
+interface Queued {
+  readonly id: string;
+  readonly message: QueuedMessage;
+}
+
+export interface Order {
+  /** Says of each message which one it has to wait for. */
+  chain(endpoint: Pick<Endpoint, 'tenant' | 'id'>, messages: readonly Queued[]): Promise<Queued[]>;
+  /** A message is over: nothing waits for it from now on. */
+  release(message: QueuedMessage, id: string): Promise<void>;
+}
+
+/** Hash ref -> `<cursor> <queue id>` of the last message on it that is not over. */
+const keyOf = (tenant: string, endpointId: string) => `as:{${tenant}}:endpoint:${endpointId}:refs`;
+
+const releaseScript = `
+if redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then return redis.call('HDEL', KEYS[1], ARGV[1]) end
+return 0`;
+
+export function createOrder(redis: Redis): Order {
+  const placeOf = ({ id, message }: Queued) => `${message.cursor} ${id}`;
+  return {
+    async chain({ tenant, id }, messages) {
+      const refs = [...new Set(messages.flatMap(({ message }) => message.ref ?? []))];
+      if (refs.length === 0) return [...messages];
+      const key = keyOf(tenant, id);
+      const before = await withRedis(() => redis.hmget(key, ...refs));
+      const last = new Map(refs.flatMap((ref, at) => (before[at] ? [[ref, before[at]] as const] : [])));
+      const chained = messages.map((queued) => {
+        const { message } = queued;
+        if (message.ref === undefined) return queued;
+        const [cursor, after] = last.get(message.ref)?.split(' ') ?? [];
+        last.set(message.ref, placeOf(queued));
+        // A hand-over that is repeated finds its own messages, and those behind them: to wait for these would be for ever.
+        return after === undefined || compareCursors(cursor!, message.cursor) >= 0
+          ? queued
+          : { ...queued, message: { ...message, after } };
+      });
+      const fresh = refs.flatMap((ref) => [ref, last.get(ref)!]);
+      await withRedis(() => redis.hset(key, ...fresh));
+      return chained;
+    },
+
+    async release(message, id) {
+      const { tenant, endpointId, ref } = message;
+      if (ref === undefined) return;
+      await withRedis(() =>
+        redis.eval(releaseScript, 1, keyOf(tenant, endpointId), ref, placeOf({ id, message })),
+      );
+    },
+  };
+}

@@ -512,6 +512,18 @@ describe('the API', () => {
       '/v1/uploads/{id}',
       '/v1/uploads/{id}/complete',
       '/v1/uploads/{id}/parts',
+      '/v1/webhooks/endpoints',
+      '/v1/webhooks/endpoints/{id}',
+      '/v1/webhooks/endpoints/{id}/dead-letters',
+      '/v1/webhooks/endpoints/{id}/dead-letters/resend',
+      '/v1/webhooks/endpoints/{id}/disable',
+      '/v1/webhooks/endpoints/{id}/enable',
+      '/v1/webhooks/endpoints/{id}/replay',
+      '/v1/webhooks/endpoints/{id}/resend',
+      '/v1/webhooks/endpoints/{id}/rotate',
+      '/v1/webhooks/endpoints/{id}/test',
+      '/v1/webhooks/endpoints/{id}/tests/{orderId}',
+      '/v1/webhooks/endpoints/{id}/verify',
     ]);
     for (const operations of Object.values(body.paths)) {
       for (const operation of Object.values(operations as Record<string, { responses?: object }>)) {

@@ -6,6 +6,7 @@ import { eventPageSchema } from './event-feed.ts';
 import { batchPaths } from './openapi-batches.ts';
 import { eventPaths } from './openapi-events.ts';
 import { resultPaths } from './openapi-results.ts';
+import { webhookPaths, webhookSchemas, webhooks } from './openapi-webhooks.ts';
 import {
   auditSchema,
   diffRowSchema,
@@ -296,6 +297,7 @@ function describeApi() {
       },
       ...batchPaths(json, problem, idempotencyKey),
       ...resultPaths(json, problem),
+      ...webhookPaths(json, problem),
       ...eventPaths(json, problem),
       '/v1/sources': {
         get: {
@@ -368,6 +370,7 @@ function describeApi() {
         },
       },
     },
+    webhooks: webhooks(),
     security: [{}, { bearer: [] }, { header: [] }],
     components: {
       securitySchemes: {
@@ -400,6 +403,7 @@ function describeApi() {
         SourceList: schemaOf(sourceListSchema),
         SourceDefinition: schemaOf(sourceDefinitionSchema, 'input'),
         RegisteredSource: schemaOf(registeredSourceSchema),
+        ...webhookSchemas(schemaOf),
         Problem: schemaOf(problemSchema),
       },
     },

@@ -5,7 +5,7 @@
 import type { Redis } from 'ioredis';
 import { type BatchRecord, decodePart, isEnded, type PartRow } from '../../packages/shared/src/batch.ts';
 import { createBatchRecords } from '../../packages/shared/src/batch-records.ts';
-import type { StoredEvent } from '../../packages/shared/src/events.ts';
+import { createEventLog } from '../../packages/shared/src/event-log.ts';
 import { verdicts } from '../../packages/shared/src/house-genres.ts';
 import { type Timeline, timelineSchema } from '../../packages/shared/src/job.ts';
 import { createJobRecords } from '../../packages/shared/src/job-records.ts';
@@ -53,7 +53,7 @@ export async function whatIsWrong(remains: Remains, accepted: readonly Accepted[
   const batchRecords = createBatchRecords(remains.redis, retention);
   const records = createJobRecords(remains.redis, retention);
   for (const { tenant, batches, jobs = [] } of accepted) {
-    const events = await eventsOf(remains.redis, tenant);
+    const events = await eventsOf(remains, tenant);
     for (const id of batches) {
       const batch = await batchRecords.get({ tenant, id });
       if (batch === undefined) {
@@ -205,12 +205,14 @@ interface Told {
   readonly ofBatches: Map<string, string[]>;
 }
 
-async function eventsOf(redis: Redis, tenant: string): Promise<Told> {
+/** From storage and Redis: somebody may archive them meanwhile. */
+async function eventsOf(remains: Remains, tenant: string): Promise<Told> {
   const told: Told = { ofRows: new Map(), ofJobs: new Map(), ofBatches: new Map() };
   const put = (map: Map<string, string[]>, key: string, type: string) =>
     map.set(key, [...(map.get(key) ?? []), type]);
-  for (const [, [, , , json]] of await redis.xrange(`as:{${tenant}}:events`, '-', '+')) {
-    const { type, data } = JSON.parse(json!) as StoredEvent;
+  const { events } = await createEventLog(remains).read(tenant, undefined, 1e9);
+  for (const { event } of events) {
+    const { type, data } = event;
     if ('jobId' in data) {
       if (data.row === null) put(told.ofJobs, data.jobId, type);
       else put(told.ofRows, `${data.batchId}/${data.row}`, type);

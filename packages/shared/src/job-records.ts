@@ -111,6 +111,8 @@ export interface JobRecords {
   openSince(tenant: string, before: number, limit: number, offset?: number): Promise<string[]>;
   /** Jobs that have not finished; rows of batches are bounded otherwise, and not counted. */
   countOpen(tenant: string): Promise<number>;
+  /** Events in Redis: those that are kept there on purpose, and those that nobody has put away yet. */
+  countEvents(tenant: string): Promise<number>;
   /**
    * The oldest finished jobs (no rows of batches) beyond the `kept` newest, at most `limit`; what has expired is
    * forgotten first.
@@ -337,6 +339,8 @@ export function createJobRecords(redis: Redis, retention: Retention): JobRecords
         rows.reduce((left, open) => left - Number(open ?? 0), all),
       );
     },
+
+    countEvents: (tenant) => withRedis(() => redis.xlen(keys.events(tenant))),
 
     tenants: () => withRedis(() => redis.smembers(keys.tenants)),
   };

@@ -43,6 +43,11 @@ const schema = z.object({
     .default(4 * 3_600),
   /** How many unfinished jobs a tenant may have before further ones are refused. */
   MAX_OPEN_JOBS: z.coerce.number().int().positive().default(10_000),
+  /**
+   * Of a tenant, in Redis: where nobody puts them away, its further jobs wait until somebody does, since no event may be
+   * lost.
+   */
+  EVENTS_WAITING_MOST: z.coerce.number().int().min(1_000).default(200_000),
   /** How many requests a tenant may send in a minute; 0: any number. */
   REQUESTS_PER_MINUTE: z.coerce.number().int().min(0).default(0),
   /** How many jobs and rows of batches are accepted of a tenant in a day; 0: any number. */
@@ -91,6 +96,7 @@ export interface ApiConfig extends ServiceConfig, CommonConfig {
   readonly maxUploadBytes: number;
   readonly maxDurationSeconds: number;
   readonly maxOpenJobs: number;
+  readonly eventsWaitingMost: number;
   readonly requestsPerMinute: number;
   readonly rowsPerDay: number;
   readonly bytesPerDay: number;
@@ -132,6 +138,7 @@ export function loadConfig(env: NodeJS.ProcessEnv): ApiConfig {
     maxUploadBytes: read.MAX_UPLOAD_BYTES,
     maxDurationSeconds: read.MAX_DURATION_SECONDS,
     maxOpenJobs: read.MAX_OPEN_JOBS,
+    eventsWaitingMost: read.EVENTS_WAITING_MOST,
     requestsPerMinute: read.REQUESTS_PER_MINUTE,
     rowsPerDay: read.ROWS_PER_DAY,
     bytesPerDay: read.BYTES_PER_DAY,

@@ -92,7 +92,7 @@ async function acceptJobs(
     uploadedRefs,
     callbackFor: createCallbacks(endpoints),
     limits: createLimits({
-      ...{ redis, records, tenants: createTenants(redis), maxOpenJobs: 10 },
+      ...{ redis, records, tenants: createTenants(redis), maxOpenJobs: 10, eventsWaitingMost: 1_000 },
       ...{ requestsPerMinute: 0, rowsPerDay: 0, bytesPerDay: 0 },
     }),
     maxUploadBytes: 1_000,

@@ -8,13 +8,13 @@ import { createTenants } from '@acousticsense/shared/tenants';
 import { startRedis } from '../../../test/redis.ts';
 import { createLimits, type LimitsDeps } from './limits.ts';
 
-const none = { requestsPerMinute: 0, rowsPerDay: 0, bytesPerDay: 0, maxOpenJobs: 10 };
+const none = { requestsPerMinute: 0, rowsPerDay: 0, bytesPerDay: 0, maxOpenJobs: 10, eventsWaitingMost: 5 };
 
 /** Two API processes on one Redis, with these limits of the service. */
 async function openLimits(
   t: TestContext,
   of: Partial<typeof none>,
-  open: LimitsDeps['records'] = { countOpen: async () => 0 },
+  open: LimitsDeps['records'] = { countOpen: async () => 0, countEvents: async () => 0 },
 ) {
   const server = await startRedis();
   const connections = [connectRedis(server.url, 500), connectRedis(server.url, 500)];
@@ -130,7 +130,11 @@ test("a tenant's own settings come before the service's; 0 is no limit", async (
 
 test('a tenant with as many open jobs as it may have is refused, with a time', async (t) => {
   const open: Record<string, number> = { acme: 9, umbrella: 3 };
-  const { tenants, limits } = await openLimits(t, {}, { countOpen: async (tenant) => open[tenant] ?? 0 });
+  const { tenants, limits } = await openLimits(
+    t,
+    {},
+    { countOpen: async (tenant) => open[tenant] ?? 0, countEvents: async () => 0 },
+  );
   await tenants.setTenant('umbrella', { openJobs: 3 });
   await limits.refuseWhenFull('acme');
   open['acme'] = 10;
@@ -154,4 +158,17 @@ test('while Redis is frozen nothing is let through uncounted: within a second th
     await assert.rejects(work(), InfrastructureFault);
     assert.ok(performance.now() - from < 1_000);
   }
+});
+
+test('while the events of a tenant are not put away its jobs wait, and no other tenant does', async (t) => {
+  const events: Record<string, number> = { acme: 6, umbrella: 5 };
+  const { limits } = await openLimits(
+    t,
+    {},
+    { countOpen: async () => 0, countEvents: async (tenant) => events[tenant] ?? 0 },
+  );
+  const { code, status, message } = await refused(limits.refuseWhenFull('acme'));
+  assert.deepEqual([code, status], ['too_busy', 429]);
+  assert.match(message, /events/);
+  await limits.refuseWhenFull('umbrella');
 });

@@ -6,6 +6,7 @@
  * A minute and a day begin with the first request or row that they count, and end as a whole.
  */
 import { ProblemError } from '@acousticsense/shared/errors';
+import type { JobRecords } from '@acousticsense/shared/job-records';
 import { withRedis } from '@acousticsense/shared/redis';
 import type { Tenants } from '@acousticsense/shared/tenants';
 import type { RequestHandler } from 'express';
@@ -16,12 +17,14 @@ import { tenantOf } from './access.ts';
 export interface LimitsDeps {
   readonly redis: Redis;
   readonly tenants: Tenants;
-  readonly records: { countOpen(tenant: string): Promise<number> };
+  readonly records: Pick<JobRecords, 'countOpen' | 'countEvents'>;
   /** 0: none. */
   readonly requestsPerMinute: number;
   readonly rowsPerDay: number;
   readonly bytesPerDay: number;
   readonly maxOpenJobs: number;
+  /** Of a tenant, in Redis: kept there on purpose, and waiting to be put away. */
+  readonly eventsWaitingMost: number;
 }
 
 /** Part of a tenant's day. */
@@ -151,6 +154,13 @@ export function createLimits(deps: LimitsDeps): Limits {
     },
 
     async refuseWhenFull(tenant) {
+      if ((await deps.records.countEvents(tenant)) > deps.eventsWaitingMost) {
+        throw new ProblemError(
+          'too_busy',
+          'The events of earlier jobs have not been put away yet, and none may be lost; send this one later.',
+          { retryAfter: fullRetrySeconds },
+        );
+      }
       const most = (await tenants.getTenant(tenant))?.openJobs ?? deps.maxOpenJobs;
       if ((await deps.records.countOpen(tenant)) < most) return;
       throw new ProblemError(

@@ -14,6 +14,11 @@ const schema = z.object({
   FEED_OPEN_CHUNKS: z.coerce.number().int().min(1).max(1_000).default(16),
   /** Requests to source buckets at a time, of each tenant, for the ETags of rows that come without. */
   FEED_HEADS: z.coerce.number().int().min(1).max(1_024).default(32),
+  /**
+   * Of a tenant, in Redis: where nobody puts them away, its further jobs wait until somebody does, since no event may be
+   * lost.
+   */
+  EVENTS_WAITING_MOST: z.coerce.number().int().min(1_000).default(200_000),
   /** Of a manifest; here, of a prefix that is walked, rounded up to whole chunks. */
   MAX_BATCH_ROWS: z.coerce.number().int().positive().default(1_000_000),
   /** Directory of the local copies of the index of known answers; default: `index` in DATA_DIR. */
@@ -33,6 +38,7 @@ export function loadConfig(env: NodeJS.ProcessEnv) {
     openChunks: v.FEED_OPEN_CHUNKS,
     heads: v.FEED_HEADS,
     maxRows: v.MAX_BATCH_ROWS,
+    eventsWaitingMost: v.EVENTS_WAITING_MOST,
     indexDirectory: path.resolve(v.INDEX_DIR ?? path.join(v.DATA_DIR, 'index'), 'feeder'),
     resultsKept: v.RESULTS_KEPT,
     resultRetentionMs: v.RESULT_RETENTION_DAYS * 24 * 3_600_000,

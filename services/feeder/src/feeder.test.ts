@@ -54,6 +54,24 @@ describe('the feeder', () => {
     assert.equal(await catalogue.queued(), 0);
   });
 
+  test('while nobody puts the events of a tenant away its rows wait, and those of others do not', {
+    timeout: 60_000,
+  }, async () => {
+    const { redis } = catalogue;
+    await catalogue.registerSource('told', 'music');
+    for (let n = 0; n < 12; n += 1)
+      await redis.xadd('as:{told}:events', '*', 'id', `evt_${n}`, 'event', '{}');
+    runFeeder({ eventsWaitingMost: 10 });
+    startWorkers();
+    const held = await catalogue.submit(objects(20, { name: 'held' }), { tenant: 'told' });
+    const free = await catalogue.submit(objects(20, { name: 'free' }));
+    await catalogue.ended(free);
+    const { waiting, completed } = await catalogue.when(held, () => true);
+    assert.deepEqual([waiting, completed], [20, 0]);
+    await redis.del('as:{told}:events');
+    assert.equal((await catalogue.ended(held)).completed, 20);
+  });
+
   test('the rows that no queue has room for are told of, by the queues that they will go through, until they are in', {
     timeout: 60_000,
   }, async () => {

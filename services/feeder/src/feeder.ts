@@ -42,6 +42,8 @@ export interface FeederDeps extends FeedDeps {
   readonly log: Logger;
   /** Rows in a queue, as a multiple of what its workers hold at a time. */
   readonly factor: number;
+  /** Events of a tenant in Redis; with more of them nothing of its batches is fed. */
+  readonly eventsWaitingMost: number;
 }
 
 /** Rows that a tenant of weight 1 hands over in a turn: while there is little room, others wait for as many. */
@@ -79,6 +81,8 @@ export function createFeeder(deps: FeederDeps) {
   /** By model digest. */
   const turns = new Map<string, Turns>();
   const weights = new Map<string, number>();
+  /** Whose events nobody puts away. */
+  let held = new Set<string>();
   /** Descriptions that were read, by digest: a model never changes. */
   const models = new Map<string, ModelDescription>();
   const rates = createRates(batches);
@@ -114,6 +118,7 @@ export function createFeeder(deps: FeederDeps) {
       tenants.filter((_, at) => Object.values(pending[at]!).some((errands) => errands.length > 0)),
     );
     await Promise.all([...busy].map(async (tenant) => weights.set(tenant, await deps.weightOf(tenant))));
+    held = await heldBack();
 
     const refs = pending.flatMap(({ active }, at) => active.map((id) => ({ tenant: tenants[at]!, id })));
     const found = await Promise.all(refs.map(read));
@@ -131,6 +136,18 @@ export function createFeeder(deps: FeederDeps) {
     await rates.measure([...feeds.values()].map(({ batch }) => batch));
     const took = performance.now() - from;
     lookAt = performance.now() + Math.max(lookMs, took / lookShare);
+  }
+
+  async function heldBack(): Promise<Set<string>> {
+    const counts = await Promise.all(
+      [...busy].map(async (tenant) => [tenant, await records.countEvents(tenant)] as const),
+    );
+    const full = counts.filter(([, events]) => events > deps.eventsWaitingMost).map(([tenant]) => tenant);
+    for (const tenant of full) {
+      if (!held.has(tenant))
+        log.error({ tenant }, 'not fed: its events are not put away, does the webhook service run?');
+    }
+    return new Set(full);
   }
 
   /** One that cannot be read (of another version, damaged) keeps the others waiting for nothing. */
@@ -203,7 +220,7 @@ export function createFeeder(deps: FeederDeps) {
     const models = new Map<string, Map<string, Feed[]>>();
     const ranked = [...feeds.values()].sort((a, b) => rankOf(a) - rankOf(b));
     for (const feed of ranked) {
-      if (feed.next === undefined) continue;
+      if (feed.next === undefined || held.has(feed.batch.tenant)) continue;
       const { modelDigest, tenant } = feed.batch;
       const tenants = models.get(modelDigest) ?? new Map<string, Feed[]>();
       models.set(modelDigest, tenants.set(tenant, [...(tenants.get(tenant) ?? []), feed]));

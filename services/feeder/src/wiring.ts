@@ -23,7 +23,14 @@ export interface FeederParts {
   readonly signal: AbortSignal;
   readonly config: Pick<
     FeederConfig,
-    'retention' | 'factor' | 'openChunks' | 'heads' | 'maxRows' | 'resultRetentionMs' | 'resultsKept'
+    | 'retention'
+    | 'eventsWaitingMost'
+    | 'factor'
+    | 'openChunks'
+    | 'heads'
+    | 'maxRows'
+    | 'resultRetentionMs'
+    | 'resultsKept'
   >;
 }
 

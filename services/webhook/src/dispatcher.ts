@@ -137,6 +137,11 @@ export function createDispatcher(deps: DispatcherDeps): Dispatcher {
     }
     const again = (await resend(endpoint, room)) || (await replay(endpoint, room));
     const page = await events.read(tenant, endpoint.cursor, room, signal);
+    if (page.expired)
+      log.warn(
+        { tenant, endpointId: id, cursor: endpoint.cursor },
+        'events passed their retention before they were told',
+      );
     await handOver(
       endpoint,
       page.events.filter((logged) => wants(endpoint, logged)),

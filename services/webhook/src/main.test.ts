@@ -280,7 +280,7 @@ describe('a webhook service that dies', () => {
         if (!hold) response.end();
       });
       await running.endpoint(`${receiver.origin}/hook`);
-      const ids = [];
+      const ids: string[] = [];
       for (let n = 0; n < 20; n += 1) ids.push(await running.tell());
       await until(() => receiver.received.length > 0);
       await running.stop('SIGKILL');

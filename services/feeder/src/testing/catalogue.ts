@@ -137,6 +137,7 @@ export async function startCatalogue({ appendOnly = false } = {}) {
         ...{
           retention,
           factor: 4,
+          eventsWaitingMost: 1_000,
           openChunks: 16,
           heads: 32,
           maxRows: 1_000_000,

@@ -10,6 +10,8 @@ import { modelCheck } from './commands/model-check.ts';
 import { modelImport } from './commands/model-import.ts';
 import { modelParity } from './commands/model-parity.ts';
 import { tenantsList, tenantsSet } from './commands/tenants.ts';
+import { webhooksListen } from './commands/webhooks-listen.ts';
+import { webhooksTest } from './commands/webhooks-test.ts';
 import { loadConfig } from './config.ts';
 import { Failure, Stopped, UsageError } from './failure.ts';
 import { createTerminal } from './terminal.ts';
@@ -25,6 +27,8 @@ const commands: readonly Command[] = [
   keysRevoke,
   tenantsSet,
   tenantsList,
+  webhooksTest,
+  webhooksListen,
 ];
 
 /** A terminal passes one Ctrl-C to the whole group and the starter passes it on: within this time it is one. */

@@ -5,6 +5,7 @@ import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { type Vectors, vectorsSchema } from '@acousticsense/shared/job';
 import { z } from 'zod';
+import { createCaller, goneAfterMs, problemSchema } from './caller.ts';
 import { Failure } from './failure.ts';
 
 export interface Analysis {
@@ -26,8 +27,6 @@ const modelSchema = z.object({
   provider: z.string(),
 });
 export type Model = z.infer<typeof modelSchema>;
-
-const problemSchema = z.object({ code: z.string(), detail: z.string(), retryable: z.boolean() });
 
 const jobSchema = z.object({
   id: z.string(),
@@ -75,17 +74,8 @@ export interface Service {
   analyse(file: string, options: Analysis & { vectors?: boolean }, signal: AbortSignal): Promise<Answered>;
 }
 
-/** How long a service that was there may be away. */
-const goneAfterMs = 60_000;
-/** How long one answer may take, uploads apart; the first one, of a program that may be any, less. */
-const answerMs = 30_000;
-const firstAnswerMs = 10_000;
-/** How long a service may say that nobody serves its model. */
-const unservedAfterMs = 120_000;
 const firstPollMs = 40;
 const longestPollMs = 500;
-/** How long an upload may go on after the user has stopped: with its answer the job can be taken back. */
-const farewellMs = 2_000;
 /** Attempts on what the service calls its own fault. */
 const attempts = 3;
 
@@ -94,76 +84,7 @@ export async function connect(
   { url, apiKey }: { url: string; apiKey: string | undefined },
   signal: AbortSignal,
 ): Promise<Service> {
-  const base = baseUrl(url);
-  const headers: Record<string, string> =
-    apiKey === undefined ? {} : { authorization: `Bearer ${printable(apiKey)}` };
-  let reachable = false;
-
-  /** One request, repeated while the service is away or asks for patience. */
-  async function request(
-    at: string,
-    signal: AbortSignal,
-    init: () => Promise<RequestInit> | RequestInit = () => ({}),
-  ): Promise<{ response: Response; body: unknown }> {
-    const from = Date.now();
-    for (let attempt = 0; ; attempt += 1) {
-      signal.throwIfAborted();
-      const given = await init();
-      let response: Response;
-      let text: string;
-      try {
-        using limit = given.method === 'POST' ? later(signal, farewellMs) : undefined;
-        const patience = AbortSignal.timeout(reachable ? answerMs : firstAnswerMs);
-        const until = limit?.signal ?? AbortSignal.any([signal, patience]);
-        response = await fetch(base + at, { ...given, headers, signal: until });
-        text = await response.text();
-      } catch (error) {
-        signal.throwIfAborted();
-        const why = causeOf(error);
-        if (!reachable) {
-          throw new Failure(
-            `${base} cannot be reached (${why}): is the address right, and does the service run?`,
-          );
-        }
-        if (Date.now() - from > goneAfterMs) {
-          throw new Failure(`${base} has not answered for ${goneAfterMs / 1_000} s (${why}).`);
-        }
-        await sleep(Math.min(5_000, 250 * 2 ** attempt), undefined, { signal });
-        continue;
-      }
-      const body = parseJson(text);
-      if (response.status === 429 || response.status === 503) {
-        const { data } = problemSchema.safeParse(body);
-        // A day's quota: waiting for it here would look like work.
-        if (data?.code === 'quota_exceeded') throw new Failure(`${base} refuses: ${data.detail}`);
-        if (data?.code === 'model_not_served' && Date.now() - from > unservedAfterMs) {
-          throw new Failure(
-            `${base} has had no worker for its model for ${unservedAfterMs / 1_000} s: ${data.detail}`,
-          );
-        }
-        if (data !== undefined || response.headers.has('retry-after')) {
-          reachable = true;
-          await sleep(retryAfterMs(response), undefined, { signal });
-          continue;
-        }
-      }
-      const { data: problem } = problemSchema.safeParse(body);
-      if (response.status === 401) {
-        throw new Failure(
-          apiKey === undefined
-            ? `${base} needs a key: give it with --key KEY, or in the variable ACOUSTICSENSE_KEY.`
-            : `${base} does not accept this key.`,
-        );
-      }
-      if (response.status === 403)
-        throw new Failure(`${base} refuses: ${problem?.detail ?? response.status}`);
-      if (problem === undefined && !response.ok && response.status !== 404 && !reachable) {
-        throw new Failure(`${base} answers ${response.status}, which is not how AcousticSense answers.`);
-      }
-      reachable = true;
-      return { response, body };
-    }
-  }
+  const { base, headers, request } = createCaller({ url, apiKey });
 
   const { response, body } = await request('/v1/model', signal);
   const served = modelSchema.safeParse(body);
@@ -267,23 +188,6 @@ export async function connect(
   };
 }
 
-/** A signal that follows another one after some time. */
-function later(signal: AbortSignal, ms: number): { signal: AbortSignal } & Disposable {
-  const follower = new AbortController();
-  let timer: NodeJS.Timeout | undefined;
-  const follow = () => {
-    timer = setTimeout(() => follower.abort(signal.reason), ms);
-  };
-  signal.addEventListener('abort', follow, { once: true });
-  return {
-    signal: follower.signal,
-    [Symbol.dispose]() {
-      clearTimeout(timer);
-      signal.removeEventListener('abort', follow);
-    },
-  };
-}
-
 async function whyUnreadable(file: string): Promise<Fault | undefined> {
   const there = await stat(file).catch(() => undefined);
   if (there === undefined || !there.isFile()) {
@@ -295,41 +199,4 @@ async function whyUnreadable(file: string): Promise<Fault | undefined> {
   );
   if (allowed) return undefined;
   return { code: 'file_unreadable', message: `${file} may not be read.`, retryable: true };
-}
-
-function baseUrl(given: string): string {
-  const url = URL.canParse(given) ? new URL(given) : undefined;
-  if (url === undefined || !['http:', 'https:'].includes(url.protocol)) {
-    throw new Failure(`--url ${given} is no address: it begins with http:// or https://.`);
-  }
-  return url.origin + url.pathname.replace(/\/+$/, '');
-}
-
-/** A header holds Latin letters only; anything else could never be the key. */
-function printable(key: string): string {
-  if (/^[\x21-\x7e]+$/.test(key)) return key;
-  throw new Failure('The key holds characters that no key has.');
-}
-
-/** Seconds, or a date (RFC 9110, 10.2.3); 2 s when the header says neither. */
-function retryAfterMs(response: Response): number {
-  const header = response.headers.get('retry-after') ?? '';
-  const ms = /^\d+$/.test(header) ? Number(header) * 1_000 : Date.parse(header) - Date.now();
-  return Number.isFinite(ms) ? Math.min(120_000, Math.max(100, ms)) : 2_000;
-}
-
-function parseJson(text: string): unknown {
-  try {
-    return JSON.parse(text);
-  } catch {
-    return undefined;
-  }
-}
-
-/** `fetch` hides what happened in the cause of its error; several addresses tried give one each. */
-function causeOf(error: unknown): string {
-  const { cause } = error as { cause?: NodeJS.ErrnoException & { errors?: NodeJS.ErrnoException[] } };
-  const first = cause?.errors?.[0] ?? cause;
-  if ((error as Error).name === 'TimeoutError') return 'no answer in time';
-  return first?.code ?? first?.message ?? (error as Error).message;
 }

@@ -1,12 +1,11 @@
 /** What the operator's commands have in common: they work on the system's Redis itself, whether its API runs or not. */
-import { readFileSync } from 'node:fs';
-import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { InfrastructureFault, ProblemError } from '@acousticsense/shared/errors';
 import { connectRedis } from '@acousticsense/shared/redis';
 import { createTenants, type Tenants } from '@acousticsense/shared/tenants';
 import type { CliConfig } from '../config.ts';
 import { Failure } from '../failure.ts';
+import { noSystem, runningSystem } from '../running-system.ts';
 
 const patienceMs = 3_000;
 
@@ -19,7 +18,10 @@ export async function withTenants<T>(
   signal: AbortSignal,
   work: (tenants: Tenants) => Promise<T>,
 ): Promise<T> {
-  const url = config.redisUrl ?? runningRedis(config.dataDir);
+  const url = config.redisUrl ?? runningSystem(config.dataDir).redisUrl;
+  if (url === undefined) {
+    throw noSystem(config.dataDir, 'name its Redis in REDIS_URL or its directory in DATA_DIR');
+  }
   const redis = connectRedis(url, patienceMs);
   let reason = 'no answer';
   redis.on('error', (error) => {
@@ -41,17 +43,6 @@ export async function withTenants<T>(
   } finally {
     redis.disconnect();
   }
-}
-
-/** `run.json` tells it while a system runs there. */
-function runningRedis(dataDir: string): string {
-  try {
-    const run = JSON.parse(readFileSync(path.join(dataDir, 'run.json'), 'utf8')) as { redisUrl?: string };
-    if (run.redisUrl !== undefined) return run.redisUrl;
-  } catch {}
-  throw new Failure(
-    `No AcousticSense runs on ${dataDir}: start it, or name its Redis in REDIS_URL or its directory in DATA_DIR.`,
-  );
 }
 
 /** Columns as wide as their widest cell, under a header. */

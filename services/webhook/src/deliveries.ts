@@ -87,6 +87,7 @@ export function createDeliveries(deps: DeliveriesDeps): Deliveries {
         const endpoint = wanted.get(id);
         const same = endpoint?.maxInFlight === maxInFlight && endpoint.maxPerSecond === maxPerSecond;
         if (!same) await end(id);
+        if (!all.some((one) => one.id === id)) await queues.forget(id);
       }),
     );
     for (const endpoint of wanted.values()) {

@@ -110,6 +110,8 @@ export interface MessageQueues {
   add(endpointId: string, messages: readonly { id: string; message: QueuedMessage }[]): Promise<void>;
   /** Under way, waiting, or waiting to be tried again. */
   outstanding(endpointId: string): Promise<number>;
+  /** Of an endpoint that is no more, after its worker has ended: a worker makes some keys anew. */
+  forget(endpointId: string): Promise<void>;
   close(): Promise<void>;
 }
 
@@ -141,6 +143,12 @@ export function createMessageQueues(connection: Redis): MessageQueues {
     },
     outstanding: (endpointId) =>
       withRedis(() => of(endpointId).getJobCountByTypes('waiting', 'active', 'delayed', 'prioritized')),
+    async forget(endpointId) {
+      const queue = of(endpointId);
+      await withRedis(() => queue.obliterate({ force: true }));
+      open.delete(queue.name);
+      await queue.close();
+    },
     async close() {
       await Promise.allSettled([...open.values()].map((queue) => queue.close()));
     },

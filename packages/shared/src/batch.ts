@@ -34,7 +34,6 @@ const count = z.int().min(0).default(0);
 
 /** What is told of a batch: nothing, the batch as a whole, or each of its rows too. */
 export const notifications = ['none', 'batch', 'rows'] as const;
-export type Notify = (typeof notifications)[number];
 
 /** Not strict: during a roll-out an older process reads the batches of a newer one. */
 export const batchRecordSchema = z.object({

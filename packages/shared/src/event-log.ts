@@ -5,7 +5,6 @@ import {
   type ArchiveOptions,
   createArchivedLog,
   type EntryFormat,
-  type Logged,
 } from './archived-log.ts';
 import { eventsChannel, eventTypes, type LoggedEvent, type StoredEvent } from './events.ts';
 import type { Callback } from './job.ts';
@@ -96,7 +95,6 @@ export const deliverySchema = z.object({
   excerpt: z.string().optional().describe('how the answer begins'),
 });
 export type Delivery = z.infer<typeof deliverySchema>;
-export type LoggedDelivery = Logged<Delivery>;
 
 const deliveryFormat: EntryFormat<Delivery> = {
   name: 'deliveries',

@@ -28,7 +28,7 @@ export const eventTypes = [
 export type EventType = (typeof eventTypes)[number];
 
 /** An event stays under 20 kB, whatever `topK` its job asked for. */
-export const genresTold = 10;
+const genresTold = 10;
 
 const count = z.int().min(0);
 const model = z.strictObject({
@@ -86,7 +86,7 @@ const batchBase = {
   model,
   resultUrl,
 };
-export const partDataSchema = z.strictObject({
+const partDataSchema = z.strictObject({
   ...batchBase,
   part: z.strictObject({
     number: count,
@@ -97,13 +97,13 @@ export const partDataSchema = z.strictObject({
     cancelled: count,
   }),
 });
-export const batchDataSchema = z.strictObject({
+const batchDataSchema = z.strictObject({
   ...batchBase,
   error: z.strictObject({ code: z.string(), message: z.string() }).nullable().describe('of batch.failed'),
 });
 
 export const disabledReasons = ['gone', 'failing'] as const;
-export const disabledDataSchema = z.strictObject({
+const disabledDataSchema = z.strictObject({
   endpointId: z.string(),
   url: z.string(),
   reason: z
@@ -242,6 +242,3 @@ export function resultPath(event: StoredEvent): string {
       return `/v1/batches/${event.data.batchId}/results.jsonl`;
   }
 }
-
-/** Whether it is of one row of a batch. */
-export const isOfRow = ({ data }: StoredEvent): boolean => 'row' in data && data.row !== null;

@@ -411,6 +411,8 @@ describe('addresses', () => {
     assertFailed(await unknown.send('https://receiver.test/'), 'connection');
     const silent = delivering({ resolve: () => new Promise(() => {}) }, 200);
     assertFailed(await silent.send('https://receiver.test/'), 'timeout');
+    const impatient = delivering({ resolve: () => new Promise(() => {}), connectTimeoutMs: 100 });
+    assertFailed(await impatient.send('https://receiver.test/'), 'timeout');
   });
 });
 
@@ -427,9 +429,10 @@ describe('when the service closes', () => {
     service.abort(closing);
     return sent;
   }
+  const { send } = delivering({}, 3_600_000);
   const deliverTo = (url: string, signal: AbortSignal) => send(url, [secret], signal);
 
-  test('an attempt that has no answer is broken off with its reason', async () => {
+  test('an attempt that has no answer is broken off with its reason', { timeout: 30_000 }, async () => {
     await using receiver = await startReceiver(() => {});
     await assert.rejects(whileClosing(deliverTo, receiver), (error) => error === closing);
     await assert.rejects(

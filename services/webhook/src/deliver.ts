@@ -194,22 +194,20 @@ function problemOf(error: unknown): DeliveryProblem {
 }
 
 /**
- * Reads the beginning of a body. One that ends with it is read to its end, and its connection serves the next message;
- * of any other the connection is closed. However reading ends, the status line stays what it was.
+ * Reads the beginning of a body, and destroys what follows. That closes the connection, unless the whole answer had come
+ * with the beginning: then it serves the next message. However reading ends, the status line stays what it was.
  */
-async function beginningOf(response: Dispatcher.ResponseData, bytes: number): Promise<string> {
-  const declared = Number(header(response, 'content-length') ?? Number.NaN);
+async function beginningOf({ body }: Dispatcher.ResponseData, bytes: number): Promise<string> {
   const parts: Buffer[] = [];
   let size = 0;
   let ended = false;
   try {
-    for await (const part of response.body as AsyncIterable<Buffer>) {
+    for await (const part of body as AsyncIterable<Buffer>) {
       parts.push(part);
       size += part.length;
-      // When all that was declared is there, its end is, too.
-      if (size >= bytes && size !== declared) break;
+      if (size >= bytes) break;
     }
-    ended = size < bytes || size === declared;
+    ended = size < bytes;
   } catch {
     // Out of time, or broken off.
   }
@@ -218,10 +216,9 @@ async function beginningOf(response: Dispatcher.ResponseData, bytes: number): Pr
 
 /** At most `bytes` of a text, ending with a whole character. */
 function asLine(text: Buffer, bytes: number, ended: boolean): string {
-  const stream = !ended || text.length > bytes;
   return (
     new TextDecoder()
-      .decode(text.subarray(0, bytes), { stream })
+      .decode(text.subarray(0, bytes), { stream: !ended })
       .replace(/[\t\n\r]+/g, ' ')
       // Also what turns the direction of writing: receipts are shown beside others.
       .replace(/[\p{Cc}\u2028\u2029\u202a-\u202e\u2066-\u2069]/gu, '\ufffd')

@@ -252,7 +252,7 @@ export async function allEndpoints(endpoints: Pick<Endpoints, 'tenants' | 'list'
   return (await Promise.all(tenants.map((tenant) => endpoints.list(tenant)))).flat();
 }
 
-export function wants(endpoint: Endpoint, { event, callback }: LoggedEvent): boolean {
+function wants(endpoint: Endpoint, { event, callback }: LoggedEvent): boolean {
   return callback?.endpointId === endpoint.id || subscribes(endpoint, event.type);
 }
 

@@ -128,7 +128,7 @@ export async function startWebhookService(
   return running;
 }
 
-export function jobEnded(data: Partial<JobData> = {}): StoredEvent {
+function jobEnded(data: Partial<JobData> = {}): StoredEvent {
   return {
     type: 'job.completed',
     timestamp: new Date().toISOString(),

@@ -7,6 +7,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { Webhook } from 'svix';
 import { type Event, eventSchema } from '../packages/shared/src/events.ts';
 import { connectRedisForWorker } from '../packages/shared/src/redis.ts';
+import { deliveryPageSchema } from '../services/api/src/delivery-routes.ts';
 import { jobSchema } from '../services/api/src/schemas.ts';
 import { sine, wav } from './audio.ts';
 import { formOf, type Job, type Problem, request } from './client.ts';
@@ -166,6 +167,32 @@ describe('webhooks', () => {
     await told((_, { headers }) => headers['webhook-id'] === `evt_test_${ordered.orderId}`);
     const { attempts = [] } = await statusOf(endpoint.id);
     assert.ok(attempts.length > 0 && attempts.every(({ status }) => status === 204));
+  });
+
+  test('every attempt is on record, found by its event and its endpoint', async () => {
+    const { body: job } = await send(song, { ref: 'proof' });
+    const message = await told(({ data }) => 'jobId' in data && data.jobId === job.id);
+    const id = message.headers['webhook-id'] as string;
+    const at = (query: string) => `${system.url}/v1/webhooks/deliveries?${query}`;
+    const page = await until(async () => {
+      const { body } = await request(at(`event=${id}`));
+      const parsed = deliveryPageSchema.parse(body);
+      return parsed.deliveries.length > 0 ? parsed : undefined;
+    });
+    const [only, ...others] = page.deliveries;
+    assert.deepEqual(others, []);
+    assert.deepEqual(
+      [only?.eventId, only?.endpointId, only?.outcome, only?.status, only?.attempt],
+      [id, endpoint.id, 'delivered', 204, 1],
+    );
+    const all = deliveryPageSchema.parse((await request(at('limit=2'))).body);
+    assert.deepEqual([all.deliveries.length, all.more], [2, true]);
+    const rest = deliveryPageSchema.parse(
+      (await request(at(`after=${all.next}&endpoint=${endpoint.id}`))).body,
+    );
+    assert.ok(rest.deliveries.some(({ eventId }) => eventId === id) && !rest.more);
+    const refused = await request<Problem>(at('after=yesterday'));
+    assert.deepEqual([refused.status, refused.body.code], [400, 'bad_option']);
   });
 
   test('an endpoint that wants no more is disabled, and another hears of that', async () => {

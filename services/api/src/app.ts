@@ -4,7 +4,7 @@ import path from 'node:path';
 import type { EndpointQueues } from '@acousticsense/shared/endpoint-queues';
 import type { AddressRules, Endpoints } from '@acousticsense/shared/endpoints';
 import { InfrastructureFault, ProblemError, toProblemJson } from '@acousticsense/shared/errors';
-import type { EventLog } from '@acousticsense/shared/event-log';
+import type { DeliveryLog, EventLog } from '@acousticsense/shared/event-log';
 import { topGenres } from '@acousticsense/shared/events';
 import type { JobRecord } from '@acousticsense/shared/job';
 import { spectrogramKey } from '@acousticsense/shared/object-keys';
@@ -27,6 +27,7 @@ import { createBatchRoutes } from './batch-routes.ts';
 import type { Batches } from './batches.ts';
 import type { Changes } from './changes.ts';
 import type { ApiConfig } from './config.ts';
+import { createDeliveryRoutes } from './delivery-routes.ts';
 import type { EventFeed } from './event-feed.ts';
 import { createEventRoutes } from './event-routes.ts';
 import { extras, readExtra } from './extras.ts';
@@ -63,6 +64,7 @@ export interface AppDeps {
   readonly uploads: Uploads;
   readonly signer: UrlSigner;
   readonly feed: EventFeed;
+  readonly deliveries: DeliveryLog;
   readonly tell: Tell;
   readonly endpoints: Endpoints;
   readonly orders: WebhookOrders;
@@ -195,6 +197,7 @@ export function createApp(deps: AppDeps): Express {
   app.use(createResultRoutes({ results: deps.results, diff: deps.diff, tenantOf, closing }));
   app.use(createSourceRoutes({ sources, reader: sourceReader, tenantOf }));
   app.use(createUploadRoutes(deps.uploads, tenantOf));
+  app.use(createDeliveryRoutes({ deliveries: deps.deliveries, tenantOf }));
   app.use(createEventRoutes({ feed: deps.feed, tell: deps.tell, tenantOf }));
   const { endpoints, orders, endpointQueues, eventLog, guard } = deps;
   app.use(

@@ -7,7 +7,7 @@ import { createBatchRecords } from '@acousticsense/shared/batch-records';
 import { createEndpointQueues } from '@acousticsense/shared/endpoint-queues';
 import { createEndpoints } from '@acousticsense/shared/endpoints';
 import { StartupError } from '@acousticsense/shared/errors';
-import { createEventLog } from '@acousticsense/shared/event-log';
+import { createDeliveryLog, createEventLog } from '@acousticsense/shared/event-log';
 import { announcePublicUrl } from '@acousticsense/shared/public-url';
 import { type Service, startService } from '@acousticsense/shared/service';
 import { createUrlSigner } from '@acousticsense/shared/signed-url';
@@ -101,6 +101,7 @@ async function wire(service: Service): Promise<void> {
   const tell = createTelling({ signer, publicUrl: () => publicUrl });
   const eventLog = createEventLog({ redis, storage, log });
   const feed = createEventFeed({ subscriber, log: eventLog });
+  const deliveries = createDeliveryLog({ redis, storage, log });
   const orders = createOrders(redis);
   service.onClose('webhook orders', () => orders.close());
   const endpointQueues = createEndpointQueues(redis);
@@ -108,6 +109,7 @@ async function wire(service: Service): Promise<void> {
   const app = createApp({
     ...{ service, config, jobs, changes, storage, sources, sourceReader },
     ...{ batches, results, diff, mappings, tenants, limits, idempotency, uploads, signer, feed, tell },
+    deliveries,
     ...{ endpoints, orders, endpointQueues, eventLog, guard },
   });
   const server = createServer(app);

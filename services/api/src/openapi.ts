@@ -2,6 +2,7 @@
 import { explanationSchema, vectorsSchema } from '@acousticsense/shared/job';
 import { sourceDefinitionSchema, sourceSchema } from '@acousticsense/shared/sources';
 import { z } from 'zod';
+import { deliveryPageSchema } from './delivery-routes.ts';
 import { eventPageSchema } from './event-feed.ts';
 import { batchPaths } from './openapi-batches.ts';
 import { eventPaths } from './openapi-events.ts';
@@ -399,6 +400,7 @@ function describeApi() {
         Vectors: schemaOf(vectorsSchema),
         Prediction: schemaOf(predictionSchema),
         EventPage: schemaOf(eventPageSchema),
+        DeliveryPage: schemaOf(deliveryPageSchema),
         Source: schemaOf(sourceSchema),
         SourceList: schemaOf(sourceListSchema),
         SourceDefinition: schemaOf(sourceDefinitionSchema, 'input'),

@@ -15,7 +15,11 @@ export function createEndpointQueues(connection: Redis): EndpointQueues {
   /** For one look: there are as many queues as endpoints, and most are never looked at. */
   async function using<T>(endpointId: string, look: (queue: Queue) => Promise<T>): Promise<T> {
     const name = endpointQueueName(endpointId);
-    const queue = new Queue(name, { connection, prefix: queuePrefix(name), skipVersionCheck: true });
+    const queue = new Queue(name, {
+      ...{ connection, prefix: queuePrefix(name), skipVersionCheck: true },
+      // Else a look at a queue that was removed would write part of it again.
+      skipMetasUpdate: true,
+    });
     queue.on('error', () => {});
     try {
       return await withRedis(() => look(queue));

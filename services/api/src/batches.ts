@@ -175,9 +175,16 @@ export function createBatches(deps: BatchesDeps) {
     const id = randomUUIDv7();
     await bind(fingerprint, id);
     if (old) await limits.charge(tenant, { rows: old.rows });
-    const batch = await create(tenant, options, origin, 'running', id, old);
-    log.info({ batchId: id, origin }, 'batch accepted');
-    return { batch, notes: [] };
+    try {
+      const batch = await create(tenant, options, origin, 'running', id, old);
+      log.info({ batchId: id, origin }, 'batch accepted');
+      return { batch, notes: [] };
+    } catch (error) {
+      // Refused: nothing was made. Of any other failure that is not known.
+      if (old && error instanceof ProblemError)
+        await limits.refund(tenant, { rows: old.rows }).catch(() => {});
+      throw error;
+    }
   }
 
   async function create(

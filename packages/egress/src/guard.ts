@@ -154,6 +154,8 @@ export function createEgressGuard({
         lookup: lookupFor(key),
         timeout: connectTimeoutMs,
         allowH2: false,
+        // Whatever NODE_TLS_REJECT_UNAUTHORIZED says.
+        rejectUnauthorized: true,
       } as buildConnector.BuildOptions);
       connectors.set(key, connector);
     }
@@ -203,7 +205,7 @@ export function createEgressGuard({
     }
   }
   const httpAgent = new GuardedHttpAgent({ keepAlive: true });
-  const httpsAgent = new GuardedHttpsAgent({ keepAlive: true });
+  const httpsAgent = new GuardedHttpsAgent({ keepAlive: true, rejectUnauthorized: true });
 
   return {
     dispatcher,

@@ -71,6 +71,7 @@ function missingSystemPackages({ systemPackages = true, forTests = false }) {
     if (!programFound('chromium')) missing.push('chromium');
     if (!programFound('strace')) missing.push('strace');
     if (!programFound('faketime')) missing.push('faketime');
+    if (!programFound('openssl')) missing.push('openssl');
   }
   return missing;
 }

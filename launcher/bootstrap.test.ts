@@ -79,7 +79,7 @@ describe('the bootstrap for a user without root on a machine where programs are 
 
   test('asks for what the tests need as well when it is to run them', () => {
     const { commands } = run('test', { REDIS_URL: 'redis://elsewhere:6379' });
-    assert.match(commands[0] ?? '', / ffmpeg redis-server chromium strace faketime( |$)/);
+    assert.match(commands[0] ?? '', / ffmpeg redis-server chromium strace faketime openssl( |$)/);
   });
 
   test('says that npm is missing when the programs are there and npm is not', () => {

@@ -37,7 +37,7 @@ if (recordings === undefined)
 const count = Number(countText);
 const random = seeded(Number(seedText));
 
-const victims = ['api', 'feeder', 'fetch', 'decoder', 'inference', 'model', 'redis'] as const;
+const victims = ['api', 'feeder', 'fetch', 'decoder', 'inference', 'webhook', 'model', 'redis'] as const;
 type Victim = (typeof victims)[number];
 
 console.log(

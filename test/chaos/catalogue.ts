@@ -84,6 +84,8 @@ export async function openCatalogue(tracks: readonly Track[]): Promise<Catalogue
 
 export interface Caller extends AsyncDisposable {
   readonly tenant: string;
+  /** Speaks for the tenant. */
+  readonly key: string;
   readonly redis: Redis;
   readonly storage: Storage;
   /** All that was accepted of this caller so far. */
@@ -165,6 +167,7 @@ export async function openCaller(
 
   return {
     tenant,
+    key,
     redis,
     storage,
     accepted: { tenant, batches, uploads },

@@ -100,7 +100,7 @@ describe('a batch survives kill -9 of', () => {
     const caller = await storm.newCaller();
     const { id } = await caller.submit();
     await until('some rows are answered', async () => (await caller.read(id)).counts.completed > 3);
-    const names = ['api', 'fetch', 'feeder', 'decoder', 'inference'] as const;
+    const names = ['api', 'fetch', 'feeder', 'decoder', 'inference', 'webhook'] as const;
     await Promise.all(names.map((name) => system.kill(name)));
     await Promise.all(names.map((name) => system.start(name)));
     await storm.assertUnharmed(caller, id);

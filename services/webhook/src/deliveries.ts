@@ -9,7 +9,7 @@
  *   Redis or storage away, this process killed   the attempt does not count: it is made again, under the same id
  */
 import type { Endpoint, Endpoints } from '@acousticsense/shared/endpoints';
-import { endpointQueueName } from '@acousticsense/shared/endpoints';
+import { endpointQueueName, isUnder } from '@acousticsense/shared/endpoints';
 import { InfrastructureFault, isRedisAway } from '@acousticsense/shared/errors';
 import type { DeliveryLog } from '@acousticsense/shared/event-log';
 import { queuePrefix } from '@acousticsense/shared/queues';
@@ -154,7 +154,9 @@ export function createDeliveries(deps: DeliveriesDeps): Deliveries {
       await giveBack(job, token, Math.min(holdMostMs, Math.max(holdLeastMs, clock.realMs(waited / 4))));
     }
     const secrets = await secretsOf(tenant, endpointId);
-    const { eventId: id, url, body } = message;
+    const { eventId: id, body } = message;
+    // It may have moved since: what was meant for it goes where it is now.
+    const url = isUnder(endpoint, message.url) ? message.url : endpoint.url;
     const at = clock.now();
     const outcome = await deliver({ id, url, body }, secrets, closing);
     const made = attemptOf(outcome, at, job.attemptsMade + 1);

@@ -182,6 +182,8 @@ export function createDispatcher(deps: DispatcherDeps): Dispatcher {
       }),
     );
     await queues.add(endpointId, await order.chain(endpoint, messages));
+    // Removed meanwhile, and its queue with it: nobody would empty the one that was made here.
+    if ((await endpoints.get(tenant, endpointId)) === undefined) await queues.forget(endpointId);
   }
 
   /** Events that were asked for once more, one by one. @returns whether there were any. */

@@ -7,21 +7,30 @@ import { song, wav } from './audio.ts';
 import { finished, upload } from './client.ts';
 import { startSystem } from './system.ts';
 
-function engineAnswers(): boolean {
-  try {
-    execFileSync('docker', ['info'], { stdio: 'ignore', timeout: 5_000 });
-    return true;
-  } catch {
-    return false;
-  }
+const image = 'redis:7.2-bookworm';
+
+/** @returns why it cannot be run here; false when it can. */
+function notHere(): string | false {
+  const docker = (...args: string[]) => {
+    try {
+      execFileSync('docker', args, { stdio: 'ignore', timeout: 60_000 });
+      return true;
+    } catch {
+      return false;
+    }
+  };
+  if (!docker('info')) return 'no container engine answers';
+  return (
+    !docker('image', 'inspect', image) && !docker('pull', image) && `there is no image ${image} to be had`
+  );
 }
 
 test('jobs run on a Redis 7 container over TCP', {
-  skip: !engineAnswers() && 'no container engine answers',
+  skip: notHere(),
 }, async () => {
   // The container is stopped below; the reaper would be one more image to have.
   process.env['TESTCONTAINERS_RYUK_DISABLED'] = 'true';
-  const redis = await new GenericContainer('redis:7-bookworm')
+  const redis = await new GenericContainer(image)
     .withExposedPorts(6379)
     .withWaitStrategy(Wait.forLogMessage(/Ready to accept connections/))
     .start();

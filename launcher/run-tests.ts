@@ -10,7 +10,7 @@ import { run } from 'node:test';
 import { spec } from 'node:test/reporters';
 
 const root = path.dirname(import.meta.dirname);
-const folders = ['test', 'services/*/src', 'packages/*/src', 'launcher', 'docs'];
+const folders = ['test', 'services/*/src', 'packages/*/src', 'launcher', 'docs', 'deploy'];
 const words = process.argv.slice(2);
 /**
  * Files that fail are run once more, in quiet: some hold real processes to moments of a few milliseconds, on machines

@@ -126,6 +126,17 @@ export const eventSchema = z.discriminatedUnion('type', [
   z.strictObject({ type: z.literal('batch.cancelled'), timestamp, data: batchDataSchema }),
   z.strictObject({ type: z.literal('endpoint.disabled'), timestamp, data: disabledDataSchema }),
 ]);
+/** Sent to a new endpoint alone: it proves itself by saying the challenge back. In no log, and nobody subscribes to it. */
+export const verificationEventSchema = z.strictObject({
+  type: z.literal('endpoint.verification'),
+  timestamp,
+  data: z.strictObject({
+    endpointId: z.string(),
+    challenge: z.string().describe('to be the whole answer, as text or as JSON {"challenge": "..."}'),
+  }),
+});
+export type VerificationEvent = z.infer<typeof verificationEventSchema>;
+
 /** As it is told. */
 export type Event = z.infer<typeof eventSchema>;
 

@@ -5,7 +5,13 @@ import {
   rotationSchema,
 } from '@acousticsense/shared/endpoints';
 import { eventExamples } from '@acousticsense/shared/event-examples';
-import { type EventType, eventSchema, eventTypes } from '@acousticsense/shared/events';
+import {
+  type EventType,
+  eventSchema,
+  eventTypes,
+  type VerificationEvent,
+  verificationEventSchema,
+} from '@acousticsense/shared/events';
 import type { z } from 'zod';
 import { queryOf } from './openapi-batches.ts';
 import {
@@ -244,6 +250,13 @@ const headers = [
   schema: { type: 'string', ...(more as object) },
 }));
 
+const verification = 'endpoint.verification';
+const verificationExample: VerificationEvent = {
+  type: verification,
+  timestamp: '2026-11-24T16:40:05.123Z',
+  data: { endpointId: 'ep_4nT0cQx9ZbL2mYw7RkVdHs', challenge: 'dGhpcyBpcyB0byBiZSBzYWlkIGJhY2s' },
+};
+
 /** The top-level `webhooks`: requests that this service makes. */
 export function webhooks() {
   const post = (type: EventType) => ({
@@ -264,7 +277,39 @@ export function webhooks() {
       },
     },
   });
-  return Object.fromEntries(eventTypes.map((type) => [type, { post: post(type) }]));
+  return {
+    ...Object.fromEntries(eventTypes.map((type) => [type, { post: post(type) }])),
+    [verification]: {
+      post: {
+        operationId: 'onEndpointVerificationEvent',
+        summary: 'Whether the endpoint is yours: say the challenge back, and it is enabled.',
+        parameters: headers,
+        requestBody: {
+          required: true,
+          content: {
+            'application/json': { schema: ref('EndpointVerificationEvent'), example: verificationExample },
+          },
+        },
+        security: [],
+        responses: {
+          '2XX': {
+            description: 'The challenge, as the whole answer.',
+            content: {
+              'text/plain': { schema: { type: 'string' } },
+              'application/json': {
+                schema: {
+                  type: 'object',
+                  properties: { challenge: { type: 'string' } },
+                  required: ['challenge'],
+                },
+              },
+            },
+          },
+          default: { description: 'It stays unverified, and can be asked again.' },
+        },
+      },
+    },
+  };
 }
 
 export function webhookSchemas(schemaOf: SchemaOf): Record<string, unknown> {
@@ -288,5 +333,6 @@ export function webhookSchemas(schemaOf: SchemaOf): Record<string, unknown> {
     ...Object.fromEntries(
       eventSchema.options.map((option) => [nameOf(option.shape.type.value), schemaOf(option)]),
     ),
+    EndpointVerificationEvent: schemaOf(verificationEventSchema),
   };
 }

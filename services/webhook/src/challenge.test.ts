@@ -105,3 +105,11 @@ test('an endpoint that cannot be reached has no status, and no address in its se
   assert.match(verification.problem!, /not on the public internet/);
   assert.doesNotMatch(verification.problem!, /10\.1/);
 });
+
+test('what a receiver says when it refuses is told: its clock or its secret may be at fault', async () => {
+  const { verification } = await verifying((_challenge, response) =>
+    response.writeHead(401).end(`Message timestamp too old${'.'.repeat(500)}`),
+  );
+  assert.match(verification.problem!, /answered 401.* It said: Message timestamp too old\.+$/);
+  assert.ok(verification.problem!.length < 300);
+});

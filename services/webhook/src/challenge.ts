@@ -4,6 +4,7 @@
  * stands alone in the answer, as its whole text or as `{"challenge": "..."}`.
  */
 import { randomBytes } from 'node:crypto';
+import type { VerificationEvent } from '@acousticsense/shared/events';
 import { type Clock, systemClock } from './clock.ts';
 import { type Deliver, explain } from './deliver.ts';
 
@@ -16,6 +17,8 @@ export interface Verification {
 }
 
 const answerBytes = 4_096;
+/** Of a refusal, for the sentence: receivers say there what is wrong with a signature or a clock. */
+const saidLength = 200;
 
 /**
  * @param clock whose time the event bears; the one that `deliver` has.
@@ -29,7 +32,7 @@ export async function verifyOwnership(
   clock: Clock = systemClock,
 ): Promise<Verification> {
   const challenge = randomBytes(24).toString('base64url');
-  const event = {
+  const event: VerificationEvent = {
     type: 'endpoint.verification',
     timestamp: new Date(clock.now()).toISOString(),
     data: { endpointId: endpoint.id, challenge },
@@ -38,7 +41,10 @@ export async function verifyOwnership(
   const message = { id, url: endpoint.url, body: JSON.stringify(event) };
   const outcome = await deliver(message, secrets, signal, { excerptBytes: answerBytes });
   const status = outcome.status === undefined ? {} : { status: outcome.status };
-  if (outcome.kind !== 'delivered') return { ok: false, ...status, problem: explain(outcome) };
+  if (outcome.kind !== 'delivered') {
+    const said = outcome.excerpt?.trim().slice(0, saidLength);
+    return { ok: false, ...status, problem: explain(outcome) + (said ? ` It said: ${said}` : '') };
+  }
   if (holds(outcome.excerpt, challenge)) return { ok: true, ...status };
   const problem = `It answered ${outcome.status} without the challenge: say it back as plain text, or as JSON {"challenge": "..."}.`;
   return { ok: false, ...status, problem };

@@ -23,6 +23,7 @@ import { allEndpoints } from './dispatcher.ts';
 import {
   type Attempt,
   backoffBy,
+  holdMs,
   type MessageQueues,
   maxAttempts,
   parseMessage,
@@ -58,11 +59,11 @@ const lookMs = 1_000;
 const lockMs = 10_000;
 /** A rotated secret signs within this time. */
 const believedMs = 1_000;
-const holdLeastMs = 100;
-const holdMostMs = 60_000;
+const disabledMs = 60_000;
 const faultMs = 1_000;
 
 interface Running {
+  readonly tenant: string;
   readonly worker: Worker<QueuedMessage>;
   readonly connection: Redis;
   readonly maxInFlight: number;
@@ -83,11 +84,13 @@ export function createDeliveries(deps: DeliveriesDeps): Deliveries {
     for (const { status } of all) statuses[status] += 1;
     const wanted = new Map(all.filter(({ status }) => status === 'enabled').map((one) => [one.id, one]));
     await Promise.all(
-      [...running].map(async ([id, { maxInFlight, maxPerSecond }]) => {
+      [...running].map(async ([id, { tenant, maxInFlight, maxPerSecond }]) => {
         const endpoint = wanted.get(id);
         const same = endpoint?.maxInFlight === maxInFlight && endpoint.maxPerSecond === maxPerSecond;
         if (!same) await end(id);
-        if (!all.some((one) => one.id === id)) await queues.forget(id);
+        if (all.some((one) => one.id === id)) return;
+        await queues.forget(id);
+        await order.forget(tenant, id);
       }),
     );
     for (const endpoint of wanted.values()) {
@@ -96,7 +99,7 @@ export function createDeliveries(deps: DeliveriesDeps): Deliveries {
     }
   }
 
-  async function begin({ id, maxInFlight, maxPerSecond }: Endpoint): Promise<void> {
+  async function begin({ tenant, id, maxInFlight, maxPerSecond }: Endpoint): Promise<void> {
     await queues.of(id).setGlobalConcurrency(maxInFlight);
     const connection = deps.connect();
     const name = endpointQueueName(id);
@@ -114,8 +117,12 @@ export function createDeliveries(deps: DeliveriesDeps): Deliveries {
       autorun: false,
     });
     worker.on('error', (error) => log.warn({ err: error, endpointId: id }, 'queue worker'));
+    worker.on('completed', (job) => void wakeNext(job));
+    worker.on('failed', (job) => {
+      if (job?.finishedOn !== undefined) void wakeNext(job);
+    });
     void worker.run().catch((error) => log.error({ err: error, endpointId: id }, 'queue worker ended'));
-    running.set(id, { worker, connection, maxInFlight, maxPerSecond });
+    running.set(id, { tenant, worker, connection, maxInFlight, maxPerSecond });
   }
 
   /** What it is at runs to its end. */
@@ -136,6 +143,7 @@ export function createDeliveries(deps: DeliveriesDeps): Deliveries {
     try {
       await attempt(job, message, token);
     } catch (error) {
+      if (error instanceof DelayedError) throw error;
       const away = error instanceof InfrastructureFault || isRedisAway(error) || closing.aborted;
       if (!away) throw error;
       // Not the receiver's doing: the attempt does not count. Should this fail too, the lock runs out.
@@ -147,12 +155,11 @@ export function createDeliveries(deps: DeliveriesDeps): Deliveries {
     const { tenant, endpointId } = message;
     const endpoint = await endpointOf(tenant, endpointId);
     if (endpoint === undefined) return;
-    if (endpoint.status !== 'enabled') await giveBack(job, token, holdMostMs);
+    if (endpoint.status !== 'enabled') await giveBack(job, token, disabledMs);
     const { after } = message;
-    if (after !== undefined && !(await isOver(endpointId, after))) {
-      const waited = clock.now() - message.handedOverAt;
-      await giveBack(job, token, Math.min(holdMostMs, Math.max(holdLeastMs, clock.realMs(waited / 4))));
-    }
+    if (after !== undefined && !(await queues.isOver(endpointId, after)))
+      return hold(job, message, after, token);
+    await order.goOn(message);
     const secrets = await secretsOf(tenant, endpointId);
     const { eventId: id, body } = message;
     // It may have moved since: what was meant for it goes where it is now.
@@ -204,10 +211,23 @@ export function createDeliveries(deps: DeliveriesDeps): Deliveries {
     await order.release(message, job.id!);
   }
 
-  async function isOver(endpointId: string, id: string): Promise<boolean> {
-    const state = await queues.of(endpointId).getJobState(id);
-    return state === 'completed' || state === 'failed' || state === 'unknown';
+  /** Until the one before it is over. */
+  async function hold(job: Job<QueuedMessage>, message: QueuedMessage, after: string, token?: string) {
+    const waitedMs = clock.realMs(clock.now() - message.handedOverAt);
+    await order.hold(message, job.id!);
+    await job.moveToDelayed(Date.now() + holdMs(waitedMs), token);
+    // That one may have ended before it could know who waits for it.
+    if (await queues.isOver(message.endpointId, after).catch(() => false)) await wake(message, job.id!);
+    throw new DelayedError();
   }
+
+  async function wakeNext(job: Job<QueuedMessage>): Promise<void> {
+    const message = parseMessage(job.data);
+    const next = message && (await order.next(message, job.id!).catch(() => undefined));
+    if (next !== undefined) await wake(message!, next);
+  }
+
+  const wake = ({ endpointId }: QueuedMessage, id: string) => queues.wake(endpointId, id).catch(() => {});
 
   async function run(): Promise<void> {
     while (!stopped) {

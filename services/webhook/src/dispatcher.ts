@@ -181,9 +181,21 @@ export function createDispatcher(deps: DispatcherDeps): Dispatcher {
         return { id: messageId(logged.id, endpointId, again), message };
       }),
     );
-    await queues.add(endpointId, await order.chain(endpoint, messages));
+    const chained = await order.chain(endpoint, messages);
+    const held = chained.filter(({ message }) => message.after !== undefined);
+    await Promise.all(held.map(({ id, message }) => order.hold(message, id)));
+    await queues.add(endpointId, chained);
+    // What it waits for may have ended before it was there to be woken.
+    const late = held.map(async ({ id, message }) => {
+      if (!(await queues.isOver(endpointId, message.after!))) return;
+      await order.goOn(message);
+      await queues.wake(endpointId, id);
+    });
+    await Promise.all(late);
     // Removed meanwhile, and its queue with it: nobody would empty the one that was made here.
-    if ((await endpoints.get(tenant, endpointId)) === undefined) await queues.forget(endpointId);
+    if ((await endpoints.get(tenant, endpointId)) !== undefined) return;
+    await queues.forget(endpointId);
+    await order.forget(tenant, endpointId);
   }
 
   /** Events that were asked for once more, one by one. @returns whether there were any. */

@@ -165,6 +165,24 @@ describe('the webhook service as a process', () => {
     assert.deepEqual((await running.endpoints.get('acme', endpoint.id))?.replays, []);
   });
 
+  test('events of one ref follow one another at once; those of a removed endpoint go with it', async () => {
+    const endpoint = await running.endpoint(url());
+    for (let revision = 1; revision <= 100; revision += 1) await running.tell({ ref: 'A', revision });
+    await until(() => receiver.received.length === 100);
+    const revisions = receiver.received.map(({ body }) => JSON.parse(body).data.revision);
+    assert.deepEqual(
+      revisions,
+      Array.from({ length: 100 }, (_, n) => n + 1),
+    );
+    answer = (_message, response) => response.writeHead(500).end();
+    for (let revision = 101; revision <= 105; revision += 1) await running.tell({ ref: 'A', revision });
+    await until(() => receiver.received.length > 100);
+    const keys = () => running.redis.keys(`*${endpoint.id}*`);
+    await until(async () => (await keys()).some((key) => key.endsWith(':held')));
+    await running.endpoints.remove('acme', endpoint.id);
+    await until(async () => (await keys()).length === 0);
+  });
+
   test('its figures are told', async () => {
     await running.endpoint(url());
     await running.tell();

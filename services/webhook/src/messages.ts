@@ -104,10 +104,22 @@ const options: JobsOptions = {
   removeOnFail: { count: 250 },
 };
 
+/**
+ * A message that waits for another is woken when that is over. Should this be missed (a process killed in between), it
+ * looks itself after this time: rarely, since each look is one of the messages that its endpoint takes in a second.
+ */
+const holdLeastMs = 60_000;
+const holdMostMs = 15 * 60_000;
+export const holdMs = (waitedMs: number): number => Math.min(holdMostMs, Math.max(holdLeastMs, waitedMs / 4));
+
 export interface MessageQueues {
   of(endpointId: string): Queue<QueuedMessage>;
-  /** Adds messages in their order; one that is there already is left as it is. */
+  /** Adds messages in their order, held where they wait for another; one that is there already is left as it is. */
   add(endpointId: string, messages: readonly { id: string; message: QueuedMessage }[]): Promise<void>;
+  /** Whether nobody tries it any more. */
+  isOver(endpointId: string, id: string): Promise<boolean>;
+  /** One that was held goes on at once; one that is not waiting is left as it is. */
+  wake(endpointId: string, id: string): Promise<void>;
   /** Under way, waiting, or waiting to be tried again. */
   outstanding(endpointId: string): Promise<number>;
   /** Of an endpoint that is no more, after its worker has ended: a worker makes some keys anew. */
@@ -137,9 +149,18 @@ export function createMessageQueues(connection: Redis): MessageQueues {
       const jobs = messages.map(({ id, message }) => ({
         name: 'message' as never,
         data: message as never,
-        opts: { ...options, jobId: id },
+        opts: { ...options, jobId: id, ...(message.after === undefined ? {} : { delay: holdMs(0) }) },
       }));
       await withRedis(() => of(endpointId).addBulk(jobs));
+    },
+    async isOver(endpointId, id) {
+      const state = await withRedis(() => of(endpointId).getJobState(id));
+      return state === 'completed' || state === 'failed' || state === 'unknown';
+    },
+    async wake(endpointId, id) {
+      const held = await withRedis(() => of(endpointId).getJob(id));
+      // Redis away is as good as not waiting: it looks itself later.
+      await held?.promote().catch(() => {});
     },
     outstanding: (endpointId) =>
       withRedis(() => of(endpointId).getJobCountByTypes('waiting', 'active', 'delayed', 'prioritized')),

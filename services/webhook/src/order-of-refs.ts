@@ -19,14 +19,30 @@ export interface Order {
   chain(endpoint: Pick<Endpoint, 'tenant' | 'id'>, messages: readonly Queued[]): Promise<Queued[]>;
   /** A message is over: nothing waits for it from now on. */
   release(message: QueuedMessage, id: string): Promise<void>;
+  /** A message waits for the one before it, and is to be woken. */
+  hold(message: QueuedMessage, id: string): Promise<void>;
+  /** It waits no longer. */
+  goOn(message: QueuedMessage): Promise<void>;
+  /** @returns the queue id of the message that waits for this one; only once. */
+  next(message: QueuedMessage, id: string): Promise<string | undefined>;
+  /** Of an endpoint that is no more. */
+  forget(tenant: string, endpointId: string): Promise<void>;
 }
 
 /** Hash ref -> `<cursor> <queue id>` of the last message on it that is not over. */
 const keyOf = (tenant: string, endpointId: string) => `as:{${tenant}}:endpoint:${endpointId}:refs`;
 
+/** Hash queue id -> queue id of the message that waits for it. */
+const heldKeyOf = (tenant: string, endpointId: string) => `as:{${tenant}}:endpoint:${endpointId}:held`;
+
 const releaseScript = `
 if redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then return redis.call('HDEL', KEYS[1], ARGV[1]) end
 return 0`;
+
+const nextScript = `
+local next = redis.call('HGET', KEYS[1], ARGV[1])
+if next then redis.call('HDEL', KEYS[1], ARGV[1]) end
+return next`;
 
 export function createOrder(redis: Redis): Order {
   const placeOf = ({ id, message }: Queued) => `${message.cursor} ${id}`;
@@ -58,6 +74,24 @@ export function createOrder(redis: Redis): Order {
       await withRedis(() =>
         redis.eval(releaseScript, 1, keyOf(tenant, endpointId), ref, placeOf({ id, message })),
       );
+    },
+
+    async hold({ tenant, endpointId, after }, id) {
+      await withRedis(() => redis.hset(heldKeyOf(tenant, endpointId), after!, id));
+    },
+
+    async goOn({ tenant, endpointId, after }) {
+      if (after !== undefined) await withRedis(() => redis.hdel(heldKeyOf(tenant, endpointId), after));
+    },
+
+    async next({ tenant, endpointId, ref }, id) {
+      if (ref === undefined) return undefined;
+      const found = await withRedis(() => redis.eval(nextScript, 1, heldKeyOf(tenant, endpointId), id));
+      return (found as string | null) ?? undefined;
+    },
+
+    async forget(tenant, endpointId) {
+      await withRedis(() => redis.del(keyOf(tenant, endpointId), heldKeyOf(tenant, endpointId)));
     },
   };
 }

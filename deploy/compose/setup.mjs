@@ -3,9 +3,18 @@
  * readers, and hands the data volumes to the users that write there. Run again it changes nothing; a secret that was
  * put there by hand stays. Secrets are readable to whoever has the volume: its mount is the permission.
  */
-import { chmodSync, chownSync, existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
-import path from 'node:path';
+
 import { randomBytes } from 'node:crypto';
+import {
+  chmodSync,
+  chownSync,
+  existsSync,
+  mkdirSync,
+  readFileSync,
+  renameSync,
+  writeFileSync,
+} from 'node:fs';
+import path from 'node:path';
 
 const volumes = process.argv[2] ?? '/volumes';
 const random = (bytes, as = 'base64url') => randomBytes(bytes).toString(as);
@@ -44,7 +53,11 @@ secret('secrets-redis', 'redis.conf', () =>
   ].join('\n'),
 );
 
-const accessKey = secret('secrets-storage', 'AWS_ACCESS_KEY_ID', () => `AS${random(12, 'hex').toUpperCase()}`);
+const accessKey = secret(
+  'secrets-storage',
+  'AWS_ACCESS_KEY_ID',
+  () => `AS${random(12, 'hex').toUpperCase()}`,
+);
 const secretKey = secret('secrets-storage', 'AWS_SECRET_ACCESS_KEY', () => random(30));
 secret('secrets-store', 's3.json', () =>
   JSON.stringify({

@@ -384,6 +384,38 @@ describe('the manifests', () => {
     ]);
   });
 
+  test("the decoder's own system calls: none to look into others, to get out of its namespaces, to load or trace", () => {
+    interface Rule {
+      names: string[];
+      action: string;
+      args?: { index: number; value: number; op: string }[];
+    }
+    const profile = JSON.parse(read('deploy/helm/acousticsense/files/seccomp-decoder.json')) as {
+      defaultAction: string;
+      syscalls: Rule[];
+    };
+    assert.equal(profile.defaultAction, 'SCMP_ACT_ERRNO');
+    const allowed = profile.syscalls.filter(({ action }) => action === 'SCMP_ACT_ALLOW');
+    const freely = new Set(allowed.filter(({ args }) => !args).flatMap(({ names }) => names));
+    const never =
+      'add_key bpf clone clone3 finit_module init_module io_uring_enter io_uring_setup kcmp kexec_load keyctl mknod mknodat mount ' +
+      'move_mount open_by_handle_at open_tree perf_event_open pivot_root process_vm_readv process_vm_writev ptrace reboot ' +
+      'request_key setgid setns setuid socket swapon umount2 unshare userfaultfd';
+    assert.deepEqual(
+      never.split(' ').filter((name) => freely.has(name)),
+      [],
+    );
+    const families = allowed.flatMap(({ names, args }) =>
+      names.includes('socket') ? args!.map(({ value }) => value) : [],
+    );
+    assert.deepEqual(families, [1, 2, 10, 16], 'AF_UNIX, AF_INET, AF_INET6, AF_NETLINK');
+    assert.equal(
+      podOf(of('gpu', 'Deployment').find((one) => componentOf(one) === 'decoder')!).containers[0]
+        .securityContext.seccompProfile?.type,
+      'Localhost',
+    );
+  });
+
   test('the program that fetches models is in the ConfigMap as it lies in the chart', () => {
     const script = read('deploy/helm/acousticsense/files/fetch-model.mjs');
     const map = of('default', 'ConfigMap').find(({ data }) => data?.['fetch-model.mjs'])!;

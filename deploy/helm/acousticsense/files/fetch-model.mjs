@@ -61,7 +61,9 @@ async function main() {
       await pipeline(await source.get(name), createWriteStream(part));
       const actual = await hashOf(part);
       if (actual !== expected)
-        throw new Error(`${name} at ${source.description} has SHA-256 ${actual}, model.json says ${expected}`);
+        throw new Error(
+          `${name} at ${source.description} has SHA-256 ${actual}, model.json says ${expected}`,
+        );
       await rename(part, target);
     } finally {
       await rm(part, { force: true });

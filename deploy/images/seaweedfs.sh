@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes the S3 store of docker-compose.yml out of its Go module, for sites that reach a Go proxy and no registry with
-# its image. Needs Go 1.26 or later; takes five minutes on two cores and 3 GB of Go's cache.
+# its image. Needs Go 1.26 or later; takes five minutes on two cores and up to 6 GB of Go's caches.
 #
 #   deploy/images/seaweedfs.sh [IMAGE]     default: the name that docker-compose.yml uses
 set -eu

@@ -47,7 +47,15 @@ export interface Dispatcher {
 
 /** All endpoints are looked at so often even when nothing is heard: what is published may be lost. */
 const lookMs = 1_000;
-const pageEvents = 100;
+/** Handed over at a time, and looked through for them: of a busy log an endpoint may want few. */
+const handedEvents = 100;
+const pageEvents = 500;
+/**
+ * An endpoint that takes messages has room for so many times as many that wait to be tried again: what it refuses for
+ * ever must not keep it from what it takes.
+ */
+const roomOfAlive = 5;
+const aliveMs = 600_000;
 /** Between looks at the queue of an endpoint whose messages do not move. */
 const fullMs = 250;
 const faultMs = 2_000;
@@ -129,28 +137,31 @@ export function createDispatcher(deps: DispatcherDeps): Dispatcher {
       lags.delete(id);
       return 'idle';
     }
-    const room = Math.min(pageEvents, deps.backlog - (await queues.outstanding(id)));
+    const isAlive = clock.now() - (endpoint.lastSuccessAt ?? 0) < aliveMs;
+    const most = deps.backlog * (isAlive ? roomOfAlive : 1);
+    const room = Math.min(handedEvents, most - (await queues.outstanding(id)));
     if (room <= 0) {
       await noteLag(endpoint);
       await pause(fullMs, signal);
       return 'more';
     }
     const again = (await resend(endpoint, room)) || (await replay(endpoint, room));
-    const page = await events.read(tenant, endpoint.cursor, room, signal);
+    const page = await events.read(tenant, endpoint.cursor, pageEvents, signal);
     if (page.expired)
       log.warn(
         { tenant, endpointId: id, cursor: endpoint.cursor },
         'events passed their retention before they were told',
       );
-    await handOver(
-      endpoint,
-      page.events.filter((logged) => wants(endpoint, logged)),
-    );
-    if (page.cursor !== undefined && page.cursor !== endpoint.cursor)
-      await endpoints.setCursor(tenant, id, page.cursor);
-    const next = page.more ? page.events.at(-1) : undefined;
-    lags.set(id, next ? msOf(next.cursor) : 0);
-    return again || page.more ? 'more' : 'idle';
+    const wanted = page.events.filter((logged) => wants(endpoint, logged));
+    const chosen = wanted.slice(0, room);
+    await handOver(endpoint, chosen);
+    const isAll = chosen.length === wanted.length;
+    const cursor = isAll ? page.cursor : chosen.at(-1)!.cursor;
+    if (cursor !== undefined && cursor !== endpoint.cursor) await endpoints.setCursor(tenant, id, cursor);
+    const more = page.more || !isAll;
+    const next = isAll ? page.events.at(-1) : wanted[room];
+    lags.set(id, more && next ? msOf(next.cursor) : 0);
+    return again || more ? 'more' : 'idle';
   }
 
   async function noteLag({ tenant, id, cursor }: Endpoint): Promise<void> {

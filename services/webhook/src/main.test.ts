@@ -285,6 +285,22 @@ describe('the webhook service under a clock that runs fast', () => {
   });
 });
 
+test('what a receiver refuses for ever does not keep it from what it takes', {
+  timeout: 90_000,
+}, async () => {
+  await using running = await startWebhookService({ WEBHOOK_BACKLOG: '10' });
+  await using receiver = await startReceiver((message, response) =>
+    response.writeHead(JSON.parse(message.body).data.ref === null ? 204 : 400).end(),
+  );
+  await running.endpoint(`${receiver.origin}/choosy`);
+  await running.tell();
+  await until(() => receiver.received.length === 1);
+  for (let n = 0; n < 20; n += 1) await running.tell({ ref: `refused ${n}` });
+  const taken: string[] = [];
+  for (let n = 0; n < 20; n += 1) taken.push(await running.tell());
+  await until(() => taken.every((id) => receiver.received.some((message) => idOf(message) === id)));
+});
+
 describe('a webhook service that dies', () => {
   const timing = { timeout: 90_000 };
 

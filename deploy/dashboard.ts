@@ -49,7 +49,11 @@ export const rows: readonly Row[] = [
         title: 'Failed, last hour',
         kind: 'stat',
         width: 4,
-        queries: [{ expr: `sum(increase(acousticsense_stage_jobs_total{${here},outcome="failed"}[1h]))` }],
+        queries: [
+          {
+            expr: `sum(increase(acousticsense_stage_jobs_total{${here},outcome="failed"}[1h])) or vector(0)`,
+          },
+        ],
       },
       {
         title: 'Oldest job that waits',
@@ -63,7 +67,7 @@ export const rows: readonly Row[] = [
         title: 'Rows outside the queues',
         kind: 'stat',
         width: 4,
-        queries: [{ expr: `sum(acousticsense_feeder_rows_waiting{${here}})` }],
+        queries: [{ expr: `sum(acousticsense_feeder_rows_waiting{${here}}) or vector(0)` }],
       },
       {
         title: 'Alerts',

@@ -3,7 +3,7 @@
 #
 #   tools.sh [DIRECTORY]     default: ~/.cache/acousticsense/deploy-tools; what is there already is not made again
 #
-# Needs Go; promtool comes out of Debian's package `prometheus`, which is not installed. Tests that need one of them say
+# Needs Go and the project's npm packages; promtool comes out of Debian's package `prometheus`, which is not installed. Tests that need one of them say
 # so and are skipped without it (deploy/*.test.ts); ACOUSTICSENSE_DEPLOY_TOOLS names another directory to them.
 set -eu
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
@@ -15,6 +15,9 @@ kubernetes=v1.36.3
 keda=v2.21.0
 prometheus_operator=v0.85.0
 mkdir -p "$directory/bin"
+# TypeScript as it is wants the Node that the project brings.
+node=$(ls "$here"/../node_modules/node-linux-*/bin/node 2>/dev/null | head -n 1)
+: "${node:=node}"
 
 # Each by its version, so that a new one in this file is fetched.
 have() { [ -e "$directory/$1" ]; }
@@ -30,7 +33,7 @@ schemas=schemas-$kubernetes-$keda-$prometheus_operator
 if ! have "$schemas"; then
   folder() { go mod download -json "$1" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p'; }
   rm -rf "$directory/schemas"
-  node "$here/schemas.ts" "$directory/schemas" \
+  "$node" "$here/schemas.ts" "$directory/schemas" \
     "$(folder "k8s.io/kubernetes@$kubernetes")/api/openapi-spec/swagger.json" \
     "$(folder "github.com/kedacore/keda/v2@$keda")/config/crd/bases/keda.sh_scaledobjects.yaml" \
     "$(folder "github.com/prometheus-operator/prometheus-operator@$prometheus_operator")/example/prometheus-operator-crd/monitoring.coreos.com_servicemonitors.yaml" \

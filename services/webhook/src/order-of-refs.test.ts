@@ -45,8 +45,22 @@ describe('messages of one ref', () => {
 
   test('do not wait for themselves, nor for what comes after them, when a hand-over is repeated', async () => {
     await waits(queued(1, 'a'), queued(2, 'a'));
-    assert.deepEqual(await waits(queued(1, 'a'), queued(2, 'a')), [undefined, undefined]);
+    assert.deepEqual(await waits(queued(1, 'a'), queued(2, 'a')), [undefined, 'm1']);
     assert.deepEqual(await waits(queued(3, 'a')), ['m2']);
+  });
+
+  test('wait for the same ones when a hand-over is repeated that was broken off before they were added', async () => {
+    await waits(queued(1, 'a'));
+    for (const messages of [
+      [queued(2, 'a'), queued(3, 'a')],
+      [queued(2, 'a'), queued(3, 'a'), queued(4, 'a')],
+      [queued(2, 'a'), queued(3, 'a'), queued(4, 'a')],
+    ])
+      assert.deepEqual(await waits(...messages), ['m1', 'm2', 'm3'].slice(0, messages.length));
+    // There is less room than before.
+    assert.deepEqual(await waits(queued(2, 'a')), ['m1']);
+    assert.deepEqual(await waits(queued(3, 'a'), queued(4, 'a')), ['m2', 'm3']);
+    assert.deepEqual(await waits(queued(5, 'a')), ['m4']);
   });
 
   test('that are told once more, out of their time, are not waited for', async () => {

@@ -29,43 +29,71 @@ export interface Order {
   forget(tenant: string, endpointId: string): Promise<void>;
 }
 
-/** Hash ref -> `<cursor> <queue id>` of the last message on it that is not over. */
+/**
+ * Hash ref -> `<cursor> <queue id>` of the messages on it in the last hand-over, and before them of the one that the first
+ * of these waits for; until the last of all is over. So a hand-over that is repeated, because it was noted here and then
+ * broken off, gives each message the same one to wait for.
+ */
 const keyOf = (tenant: string, endpointId: string) => `as:{${tenant}}:endpoint:${endpointId}:refs`;
 
 /** Hash queue id -> queue id of the message that waits for it. */
 const heldKeyOf = (tenant: string, endpointId: string) => `as:{${tenant}}:endpoint:${endpointId}:held`;
 
 const releaseScript = `
-if redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then return redis.call('HDEL', KEYS[1], ARGV[1]) end
-return 0`;
+local places = redis.call('HGET', KEYS[1], ARGV[1])
+if not places then return 0 end
+local isLast = places == ARGV[2] or string.sub(places, -#ARGV[2] - 1) == ' ' .. ARGV[2]
+return isLast and redis.call('HDEL', KEYS[1], ARGV[1]) or 0`;
 
 const nextScript = `
 local next = redis.call('HGET', KEYS[1], ARGV[1])
 if next then redis.call('HDEL', KEYS[1], ARGV[1]) end
 return next`;
 
+interface Place {
+  readonly cursor: string;
+  /** Of the message in its queue. */
+  readonly id: string;
+}
+
+const textOf = ({ cursor, id }: Place) => `${cursor} ${id}`;
+
+function parsePlaces(text: string): Place[] {
+  return [...text.matchAll(/(\S+) (\S+)/g)].map(([, cursor, id]) => ({ cursor: cursor!, id: id! }));
+}
+
+/** Of a hand-over whose first message on the ref is at `cursor`: what was noted is added to, if it is of the same one. */
+function placesFor(cursor: string, noted: readonly Place[]): Place[] {
+  const last = noted.at(-1);
+  return last !== undefined && compareCursors(last.cursor, cursor) < 0 ? [last] : [...noted];
+}
+
 export function createOrder(redis: Redis): Order {
-  const placeOf = ({ id, message }: Queued) => `${message.cursor} ${id}`;
   return {
-    async chain({ tenant, id }, messages) {
+    async chain({ tenant, id: endpointId }, messages) {
       const refs = [...new Set(messages.flatMap(({ message }) => message.ref ?? []))];
       if (refs.length === 0) return [...messages];
-      const key = keyOf(tenant, id);
-      const before = await withRedis(() => redis.hmget(key, ...refs));
-      const last = new Map(refs.flatMap((ref, at) => (before[at] ? [[ref, before[at]] as const] : [])));
+      const key = keyOf(tenant, endpointId);
+      const stored = await withRedis(() => redis.hmget(key, ...refs));
+      const before = new Map(refs.map((ref, at) => [ref, parsePlaces(stored[at] ?? '')]));
+      const now = new Map<string, Place[]>();
       const fresh = new Set<string>();
       const chained = messages.map((queued) => {
-        const { message } = queued;
-        if (message.ref === undefined) return queued;
-        const [cursor, after] = last.get(message.ref)?.split(' ') ?? [];
-        // A hand-over that is repeated finds its own messages, and those behind them: to wait for these would be for
-        // ever. What is told once more, out of its time, waits for nothing and nothing for it.
-        if (cursor !== undefined && compareCursors(cursor, message.cursor) >= 0) return queued;
-        last.set(message.ref, placeOf(queued));
-        fresh.add(message.ref);
+        const { id, message } = queued;
+        const { ref, cursor } = message;
+        if (ref === undefined) return queued;
+        const places = now.get(ref) ?? placesFor(cursor, before.get(ref)!);
+        now.set(ref, places);
+        // What is told once more, out of its time, is not waited for.
+        const last = places.at(-1);
+        if (last === undefined || compareCursors(last.cursor, cursor) < 0) {
+          places.push({ cursor, id });
+          fresh.add(ref);
+        }
+        const after = places.findLast((place) => compareCursors(place.cursor, cursor) < 0)?.id;
         return after === undefined ? queued : { ...queued, message: { ...message, after } };
       });
-      const changed = [...fresh].flatMap((ref) => [ref, last.get(ref)!]);
+      const changed = [...fresh].flatMap((ref) => [ref, now.get(ref)!.map(textOf).join(' ')]);
       if (changed.length > 0) await withRedis(() => redis.hset(key, ...changed));
       return chained;
     },
@@ -74,7 +102,7 @@ export function createOrder(redis: Redis): Order {
       const { tenant, endpointId, ref } = message;
       if (ref === undefined) return;
       await withRedis(() =>
-        redis.eval(releaseScript, 1, keyOf(tenant, endpointId), ref, placeOf({ id, message })),
+        redis.eval(releaseScript, 1, keyOf(tenant, endpointId), ref, textOf({ cursor: message.cursor, id })),
       );
     },
 

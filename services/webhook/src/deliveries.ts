@@ -145,7 +145,16 @@ export function createDeliveries(deps: DeliveriesDeps): Deliveries {
     } catch (error) {
       if (error instanceof DelayedError) throw error;
       const away = error instanceof InfrastructureFault || isRedisAway(error) || closing.aborted;
-      if (!away) throw error;
+      if (!away) {
+        if (error instanceof TryLater) throw error;
+        const last = job.attemptsMade + 1 >= maxAttempts;
+        log.error(
+          { err: error, endpointId: message.endpointId, last },
+          'an attempt failed by a fault of ours',
+        );
+        if (!last) throw error;
+        return bury(job, message, message.attempts, 'exhausted');
+      }
       // Not the receiver's doing: the attempt does not count. Should this fail too, the lock runs out.
       await giveBack(job, token, faultMs);
     }

@@ -34,6 +34,8 @@ export interface Running extends AsyncDisposable {
   readonly events: EventLog;
   /** Origin of its health and metrics. */
   readonly healthUrl: string;
+  /** Of the process that was started last. */
+  readonly pid: number;
   start(env?: Record<string, string>): Promise<void>;
   stop(signal?: NodeJS.Signals): Promise<void>;
   /** An endpoint that has proven itself. */
@@ -48,9 +50,9 @@ export interface Running extends AsyncDisposable {
 
 export async function startWebhookService(
   env: Record<string, string> = {},
-  { appendOnly = false } = {},
+  { appendOnly = false, appendFsync = 'always' as 'always' | 'everysec' } = {},
 ): Promise<Running> {
-  const server = await startRedis(appendOnly ? { appendOnly, args: ['--appendfsync', 'always'] } : {});
+  const server = await startRedis(appendOnly ? { appendOnly, args: ['--appendfsync', appendFsync] } : {});
   const directory = await mkdtemp(path.join(tmpdir(), 'as-webhook-'));
   const storageUrl = pathToFileURL(directory).href;
   const storage = openStorage(storageUrl);
@@ -98,6 +100,9 @@ export async function startWebhookService(
     get healthUrl() {
       return `http://127.0.0.1:${port}`;
     },
+    get pid() {
+      return service!.pid!;
+    },
     async endpoint(url, definition = {}, tenant = 'acme') {
       const { endpoint, secret } = await endpoints.create(tenant, {
         ...{ url, types: [], maxInFlight: 8, maxPerSecond: 1_000 },
@@ -128,7 +133,7 @@ export async function startWebhookService(
   return running;
 }
 
-function jobEnded(data: Partial<JobData> = {}): StoredEvent {
+export function jobEnded(data: Partial<JobData> = {}): StoredEvent {
   return {
     type: 'job.completed',
     timestamp: new Date().toISOString(),

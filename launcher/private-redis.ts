@@ -6,8 +6,8 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { StartupError } from '@acousticsense/shared/errors';
-import { connectRedis, redisCheck } from '@acousticsense/shared/redis';
+import { InfrastructureFault, StartupError } from '@acousticsense/shared/errors';
+import { connectRedis, redisCheck, withoutCredentials } from '@acousticsense/shared/redis';
 
 /** `sun_path` holds 108 bytes with its end (unix(7)). */
 const longestSocketPath = 107;
@@ -56,24 +56,22 @@ export function redisCommand(dataDir: string, socket: RedisSocket): [string, ...
  */
 export async function waitForRedis(url: string, patienceMs: number): Promise<void> {
   const redis = connectRedis(url);
-  let lastError = 'no answer';
-  redis.on('error', (error) => {
-    lastError = error.message;
-  });
+  const check = redisCheck(redis);
   try {
-    for (const deadline = Date.now() + patienceMs; redis.status !== 'ready'; await sleep(50)) {
-      if (Date.now() > deadline) {
+    for (const deadline = Date.now() + patienceMs; ; await sleep(50)) {
+      try {
+        return await check();
+      } catch (error) {
+        if (!(error instanceof InfrastructureFault)) throw error;
+        if (Date.now() < deadline) continue;
+        const away = /^Redis cannot be reached \((.*)\)\.$/.exec(error.message)?.[1];
+        if (away === undefined) throw new StartupError(error.message);
         throw new StartupError(
-          `Redis cannot be reached at ${withoutPassword(url)} (${lastError}): start it, or leave REDIS_URL empty and a private one is started for you.`,
+          `Redis cannot be reached at ${withoutCredentials(url)} (${away}): start it, or leave REDIS_URL empty and a private one is started for you.`,
         );
       }
     }
-    await redisCheck(redis)();
   } finally {
     redis.disconnect();
   }
-}
-
-function withoutPassword(url: string): string {
-  return url.replace(/\/\/[^@/]*@/, '//');
 }

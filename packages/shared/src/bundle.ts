@@ -154,6 +154,11 @@ export function windowSeconds(profile: Profile): number {
  * @throws {StartupError} one sentence that names what is missing or does not match.
  */
 export async function loadBundle(location: string, { verifyFiles = true } = {}): Promise<Bundle> {
+  // No part of the URL is repeated: it may hold credentials.
+  if (/^[a-z][a-z0-9+.-]+:\/\//i.test(location) && !location.startsWith('file:'))
+    throw new StartupError(
+      `MODEL_URL is a ${location.split(':', 1)[0]}: URL: services take a bundle from a directory, to which it is brought before they start (docs/deployment-kubernetes.md, Models).`,
+    );
   const directory = location.startsWith('file:') ? fileURLToPath(location) : path.resolve(location);
   const manifestPath = path.join(directory, 'model.json');
   let text: Buffer;

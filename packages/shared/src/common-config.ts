@@ -6,7 +6,7 @@ import type { BackendsConfig } from './backends.ts';
 import { StartupError } from './errors.ts';
 
 export const commonVariables = {
-  /** Redis of the queues and records: redis://, rediss:// or unix://. */
+  /** Redis of the queues and records: redis://, rediss://, unix:// or redis+sentinel://host,host/NAME. */
   REDIS_URL: z.string().default('redis://127.0.0.1:6379'),
   /** Only for the default of STORAGE_URL. */
   DATA_DIR: z.string().default('data'),

@@ -225,7 +225,7 @@ export function isRedisAway(error: unknown): boolean {
   if (code === 'ENOENT') return syscall === 'connect';
   return (
     ['ECONNREFUSED', 'ECONNRESET', 'EPIPE', 'ETIMEDOUT', 'EAI_AGAIN', 'ENOTFOUND'].includes(code) ||
-    /Connection is closed|Stream isn't writeable|max retries per request|Command timed out|Command aborted due to connection close|^LOADING|^MISCONF|^READONLY|^OOM/i.test(
+    /Connection is closed|Stream isn't writeable|max retries per request|Command timed out|Command aborted due to connection close|Socket timeout|sentinels? (are|is) unreachable|^LOADING|^MISCONF|^READONLY|^OOM|^NOAUTH|^WRONGPASS|^NOREPLICAS|^MASTERDOWN/i.test(
       error.message,
     )
   );

@@ -61,7 +61,10 @@ export async function startService(
     return refuse(pino({ name }, logDestination()), error);
   }
   const base = { service: name, pid: process.pid };
-  const log = pino({ name, level: config.logLevel, base }, logDestination());
+  const log = pino(
+    { name, level: config.logLevel, base, serializers: { err: withoutArguments } },
+    logDestination(),
+  );
   const registry = new Registry();
   registry.setDefaultLabels({ service: name });
   collectDefaultMetrics({ register: registry });
@@ -178,6 +181,14 @@ export async function startService(
     return refuse(log, error);
   }
   await reportReadiness(service);
+}
+
+/** ioredis hangs the command on its errors, with all its arguments: AUTH and HELLO have the password among theirs. */
+function withoutArguments(error: Error): Record<string, unknown> {
+  const { command, ...told } = pino.stdSerializers.err(error) as pino.SerializedError & {
+    command?: { name?: string };
+  };
+  return command === undefined ? told : { ...told, command: command.name };
 }
 
 /**

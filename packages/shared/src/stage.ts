@@ -39,6 +39,7 @@ import { queuePrefix } from './queues.ts';
 import type { Service } from './service.ts';
 import type { ModelDescription } from './serving.ts';
 import { deletePrefix } from './storage.ts';
+import { heedErrors } from './worker-errors.ts';
 
 /** A job may kill its worker this often: an innocent one can be near when others die, or be redeployed over. */
 const maxStarts = 12;
@@ -318,9 +319,8 @@ export function runStage(runner: StageRunner): void {
     skipVersionCheck: true,
     autorun: false,
   });
-  worker.on('error', (error) => service.log.warn({ err: error }, 'queue worker'));
-
   const breaker = createBreaker(worker, service);
+  heedErrors(worker, service.log, () => breaker.open());
 
   const subscriber = backends.connect();
   subscriber.on('message', (_channel, message) => {

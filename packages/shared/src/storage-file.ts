@@ -251,26 +251,28 @@ function isAbsent(error: unknown): boolean {
   );
 }
 
-const diskFaults = [
-  'ENOSPC',
-  'EDQUOT',
-  'EIO',
-  'EROFS',
-  'EACCES',
-  'EPERM',
-  'EMFILE',
-  'ENFILE',
-  'ESTALE',
-  'ETIMEDOUT',
-];
+/** What the disk says, and what there is to do. */
+const diskFaults: Record<string, string> = {
+  ENOSPC: 'its disk is full, make room there (it goes on by itself)',
+  EDQUOT: 'its quota is used up, make room there or raise it (it goes on by itself)',
+  EIO: 'its disk fails',
+  EROFS: 'it is mounted read-only',
+  EACCES: 'this user has no right to write there',
+  EPERM: 'this user has no right to write there',
+  EMFILE: 'this process has too many files open (ulimit -n)',
+  ENFILE: 'this machine has too many files open',
+  ESTALE: 'its file server has lost it',
+  ETIMEDOUT: 'its file server does not answer',
+};
 
 /** The disk's own troubles become an infrastructure fault; a failing source stream or an abort stays what it is. */
 function normalise(error: unknown): unknown {
   const code = error instanceof Error ? (error as NodeJS.ErrnoException).code : undefined;
-  if (code === undefined || !diskFaults.includes(code)) return error;
+  const reason = diskFaults[code ?? ''];
+  if (reason === undefined) return error;
   return new InfrastructureFault(
     'storage',
-    `The storage directory cannot be used: ${(error as Error).message}`,
+    `The storage directory cannot be used: ${reason}. ${(error as Error).message}`,
     error,
   );
 }

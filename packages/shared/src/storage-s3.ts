@@ -6,6 +6,7 @@ import {
   CreateMultipartUploadCommand,
   DeleteObjectCommand,
   GetObjectCommand,
+  HeadBucketCommand,
   HeadObjectCommand,
   ListMultipartUploadsCommand,
   type ListMultipartUploadsCommandInput,
@@ -34,6 +35,8 @@ import {
   type StoredObject,
 } from './storage.ts';
 
+const bucketTrustMs = 10_000;
+
 /**
  * `s3://bucket/prefix?endpoint=http://host:port&region=eu-central-1&pathStyle=true`, and `publicEndpoint=` where
  * callers reach the server under another address than the services do: presigned URLs name that one.
@@ -55,6 +58,8 @@ export function createS3Storage(url: URL): Storage {
   const client = new S3Client(config);
   const publicEndpoint = url.searchParams.get('publicEndpoint');
   const signer = publicEndpoint ? new S3Client({ ...config, endpoint: publicEndpoint }) : client;
+
+  let bucketSeenAt = -Infinity;
 
   async function call<T>(key: string, operation: () => Promise<T>, signal?: AbortSignal): Promise<T> {
     try {
@@ -136,9 +141,31 @@ export function createS3Storage(url: URL): Storage {
         etag: etagOf(head, key),
       };
     } catch (error) {
-      if (error instanceof ObjectNotFound) return undefined;
-      throw error;
+      if (!(error instanceof ObjectNotFound)) throw error;
+      await checkBucket();
+      return undefined;
     }
+  }
+
+  /**
+   * Of what HEAD does not find: its answer has no body, so it says the same of a bucket that is not there, and some
+   * servers of an access key that they do not know. Every object would seem to be deleted.
+   */
+  async function checkBucket(): Promise<void> {
+    if (performance.now() - bucketSeenAt < bucketTrustMs) return;
+    try {
+      await client.send(new HeadBucketCommand({ Bucket: bucket }));
+    } catch (error) {
+      if (!(error instanceof S3ServiceException)) throw normalise(error, '');
+      if (error.$metadata.httpStatusCode === 404)
+        throw new InfrastructureFault(
+          'storage',
+          'Object storage knows no such bucket, or not these credentials: put STORAGE_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY right.',
+          error,
+        );
+      // Whoever may not look at the bucket (403) hears at least that it is there.
+    }
+    bucketSeenAt = performance.now();
   }
 
   async function remove(key: string): Promise<void> {
@@ -284,20 +311,25 @@ function isBehindTheEnd(error: unknown): boolean {
   return error instanceof S3ServiceException && error.$metadata.httpStatusCode === 416;
 }
 
-/** The SDK's errors: absence has three names, the rest says that the storage cannot be used now. */
+/** No other code means it: servers also answer 404 for a bucket, or an access key, that they do not know. */
+const absences = ['NoSuchKey', 'NotFound', 'NoSuchVersion', 'NoSuchUpload', 'Unknown', 'UnknownError'];
+
+/** The SDK's errors: absence has several names, the rest says that the storage cannot be used now. */
 function normalise(error: unknown, key: string): unknown {
   if (error instanceof S3ServiceException) {
-    if (
-      ['NoSuchKey', 'NotFound'].includes(error.name) ||
-      (error.$metadata.httpStatusCode === 404 && error.name !== 'NoSuchBucket')
-    ) {
-      return new ObjectNotFound(key);
+    if (absences.includes(error.name)) {
+      // Answers without a body have no code: `Unknown`.
+      if (!error.name.startsWith('Unknown') || error.$metadata.httpStatusCode === 404)
+        return new ObjectNotFound(key);
     }
     if (error.$metadata.httpStatusCode === 412 || ['InvalidPart', 'InvalidPartOrder'].includes(error.name))
       return new ObjectChanged(key);
+    return new InfrastructureFault('storage', complaint(error), error);
+  }
+  if (error instanceof Error && error.name === 'CredentialsProviderError') {
     return new InfrastructureFault(
       'storage',
-      `Object storage answered ${error.name}: ${error.message}`,
+      'There are no credentials for object storage: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine a role.',
       error,
     );
   }
@@ -305,4 +337,33 @@ function normalise(error: unknown, key: string): unknown {
     return new InfrastructureFault('storage', `Object storage cannot be reached: ${error.message}`, error);
   }
   return error;
+}
+
+/** What the servers' codes mean to who runs the services: what is wrong, and what to do. Nothing that was signed is in it. */
+function complaint({ name: code, message, $metadata: { httpStatusCode } }: S3ServiceException): string {
+  const name = code.startsWith('Unknown') ? String(httpStatusCode) : code;
+  switch (name) {
+    case 'NoSuchBucket':
+      return 'Object storage has no such bucket (NoSuchBucket): create it, or put STORAGE_URL right.';
+    case 'InvalidAccessKeyId':
+    // versitygw's word for it, with status 404.
+    case 'XAdminUserNotFound':
+    case 'SignatureDoesNotMatch':
+    case 'InvalidToken':
+    case 'ExpiredToken':
+      return `Object storage refuses the credentials (${name}): put AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the role, right.`;
+    case 'AccessDenied':
+    case 'Forbidden':
+    case '403':
+      return `Object storage does not allow it (${name}): are the credentials right? They must be able to read, write, delete and list in the bucket of STORAGE_URL.`;
+    case 'RequestTimeTooSkewed':
+      return `Object storage finds this machine's clock wrong (${name}): set the clock.`;
+    case 'PermanentRedirect':
+    case 'AuthorizationHeaderMalformed':
+    case 'IllegalLocationConstraintException':
+      return `Object storage has the bucket in another region (${name}): set region= in STORAGE_URL.`;
+  }
+  const full = httpStatusCode === 507 || /full|quota|insufficient/i.test(name);
+  if (full) return `Object storage is full (${name}): make room there.`;
+  return `Object storage answered ${name}: ${message}`;
 }

@@ -13,6 +13,7 @@ import { endpointQueueName, isUnder } from '@acousticsense/shared/endpoints';
 import { InfrastructureFault, isRedisAway } from '@acousticsense/shared/errors';
 import type { DeliveryLog } from '@acousticsense/shared/event-log';
 import { queuePrefix } from '@acousticsense/shared/queues';
+import { heedErrors } from '@acousticsense/shared/worker-errors';
 import { DelayedError, type Job, Worker } from 'bullmq';
 import type { Redis } from 'ioredis';
 import type { Logger } from 'pino';
@@ -116,7 +117,7 @@ export function createDeliveries(deps: DeliveriesDeps): Deliveries {
       settings: { backoffStrategy: backoffBy(clock) },
       autorun: false,
     });
-    worker.on('error', (error) => log.warn({ err: error, endpointId: id }, 'queue worker'));
+    heedErrors(worker, log.child({ endpointId: id }));
     worker.on('completed', (job) => void wakeNext(job));
     worker.on('failed', (job) => {
       if (job?.finishedOn !== undefined) void wakeNext(job);

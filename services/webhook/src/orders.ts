@@ -3,6 +3,7 @@ import type { Endpoints } from '@acousticsense/shared/endpoints';
 import { eventExamples } from '@acousticsense/shared/event-examples';
 import { queuePrefix } from '@acousticsense/shared/queues';
 import { ordersQueueName, parseOrder, type WebhookOrder } from '@acousticsense/shared/webhook-orders';
+import { heedErrors } from '@acousticsense/shared/worker-errors';
 import { type Job, Worker } from 'bullmq';
 import type { Redis } from 'ioredis';
 import type { Logger } from 'pino';
@@ -80,7 +81,7 @@ export function createOrderWorker({
     skipVersionCheck: true,
     autorun: false,
   });
-  worker.on('error', (error) => log.warn({ err: error }, 'queue worker'));
+  heedErrors(worker, log);
   void worker.run().catch((error) => log.error({ err: error }, 'queue worker ended'));
   return worker;
 }

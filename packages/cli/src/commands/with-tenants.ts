@@ -1,7 +1,7 @@
 /** What the operator's commands have in common: they work on the system's Redis itself, whether its API runs or not. */
 import { setTimeout as sleep } from 'node:timers/promises';
 import { InfrastructureFault, ProblemError } from '@acousticsense/shared/errors';
-import { connectRedis } from '@acousticsense/shared/redis';
+import { connectRedis, withoutCredentials } from '@acousticsense/shared/redis';
 import { createTenants, type Tenants } from '@acousticsense/shared/tenants';
 import type { CliConfig } from '../config.ts';
 import { Failure } from '../failure.ts';
@@ -31,7 +31,7 @@ export async function withTenants<T>(
     for (const deadline = Date.now() + patienceMs; redis.status !== 'ready'; ) {
       if (Date.now() > deadline) {
         throw new Failure(
-          `Redis cannot be reached at ${url.replace(/\/\/[^@/]*@/, '//')} (${reason}): does the system run?`,
+          `Redis cannot be reached at ${withoutCredentials(url)} (${reason}): does the system run?`,
         );
       }
       await sleep(20, undefined, { signal });

@@ -99,9 +99,12 @@ const maxSegmentEvents = 5_000;
 const maxSegmentBytes = 4 * 1024 * 1024;
 const pageEntries = 500;
 const searchEntries = 1_000;
-/** Read ahead of the one that is needed: of a quiet tenant each segment holds few entries. */
+/**
+ * Read ahead of the one that is needed: of a quiet tenant each segment holds few entries. Full ones are not: as text they
+ * are many times as large, and would push one another out of the cache, to be read again for the next page.
+ */
 const aheadSegments = 16;
-const aheadBytes = 2 * 1024 * 1024;
+const aheadBytes = 64 * 1024;
 const rememberedDays = 2_000;
 /** What a line takes in memory besides its text. */
 const lineBytes = 150;

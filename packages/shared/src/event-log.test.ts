@@ -1,4 +1,5 @@
 import assert from 'node:assert/strict';
+import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
@@ -444,6 +445,34 @@ for (const driver of drivers) {
       await log.sweep('acme', new Date(midnight - day));
       const page = await reader.read('acme', undefined, 5);
       assert.deepEqual(page.events.map(numberOf), upTo(5, 20));
+    });
+
+    test('who stands still in front of many full segments reads none of them twice', async () => {
+      const log = open();
+      for (let n = 0; n < 20; n += 1) {
+        const pipeline = redis.pipeline();
+        for (let of = 0; of < 1_000; of += 1) {
+          const url = `https://example.com/${randomBytes(50).toString('hex')}`;
+          const event = { ...eventOf(of), data: { ...eventOf(of).data, url } };
+          pipeline.xadd('as:{acme}:events', '*', 'id', `evt_${of}`, 'event', JSON.stringify(event));
+        }
+        await pipeline.exec();
+        await log.archive('acme');
+      }
+      const reads: string[] = [];
+      const counting = {
+        ...storage,
+        read: (...args: Parameters<Storage['read']>) => {
+          reads.push(args[0]);
+          return storage.read(...args);
+        },
+      };
+      const reader = open({ storage: counting, cacheBytes: 2 * 1024 * 1024 });
+      for (let n = 0; n < 5; n += 1) {
+        assert.equal((await reader.read('acme', undefined, 1)).events.length, 1);
+        await sleep(100);
+      }
+      assert.deepEqual(reads, [...new Set(reads)]);
     });
 
     test('a tenant sees its own events only, also where a name begins like another', async () => {

@@ -50,6 +50,8 @@ const [events, rate, probesPerSecond, quietSeconds] = [
 /** As EVENTS_WAITING_MOST has it. */
 const waitingMost = 200_000;
 const handedOver = Math.min(10_000, events);
+/** Of processes that have just started; not counted. */
+const warmUpMs = 10_000;
 
 const parts = ['quiet', 'flood', 'dead', 'backlog'] as const;
 type Part = (typeof parts)[number];
@@ -59,10 +61,10 @@ const lives = {
   flood: 'live, same tenant',
 } as const;
 type Live = keyof typeof lives;
-let part: Part = 'quiet';
+let part: Part | undefined;
 const probes = new Map<
   string,
-  { readonly at: number; readonly part: Part; readonly of: Live; ms?: number }
+  { readonly at: number; readonly part: Part | undefined; readonly of: Live; ms?: number }
 >();
 const peak: Record<Part, { redis: number; service: number; inRedis: number; load: number }> =
   Object.fromEntries(parts.map((one) => [one, { redis: 0, service: 0, inRedis: 0, load: 0 }])) as never;
@@ -123,6 +125,8 @@ async function run(): Promise<void> {
   const watching = watch();
   const asking = [probe('reference', reference.events), probe('calm'), probe('flood')];
 
+  await sleep(warmUpMs);
+  part = 'quiet';
   await sleep(quietSeconds * 1_000);
   part = 'flood';
   const control = await flood(Math.ceil(events / 10));
@@ -138,8 +142,12 @@ async function run(): Promise<void> {
     Object.entries(await cpuOf()).map(([name, seconds]) => [name, round(seconds - cpuBefore[name]!)]),
   );
   part = 'backlog';
+  const standingFrom = await cpuOf();
   await sleep(quietSeconds * 1_000);
-  const standing = await memory();
+  const standing = {
+    ...(await memory()),
+    cpu: round((((await cpuOf())['service']! - standingFrom['service']!) / quietSeconds) * 100),
+  };
   probing = false;
   await Promise.all(asking);
   // What is late is waited for: a probe that never came is a fault, not a short latency.
@@ -252,7 +260,7 @@ async function flood(count: number, tenant = 'flood', perSecond = rate) {
     news = message;
     if (performance.now() - toldAt < 30_000) return;
     toldAt = performance.now();
-    console.error(`  ${part}: ${news.written} events, ${JSON.stringify(peak[part])}`);
+    console.error(`  ${part}: ${news.written} events, ${JSON.stringify(peak[part ?? 'quiet'])}`);
   });
   const [code] = await once(child, 'exit');
   if (code !== 0 || news.written !== count)
@@ -322,7 +330,7 @@ async function memory() {
 
 async function watch(): Promise<void> {
   while (!over) {
-    const most = peak[part];
+    const most = peak[part ?? 'quiet'];
     for (const [name, value] of Object.entries({ ...(await memory()), load: round(loadavg()[0]!) }))
       most[name as keyof typeof most] = Math.max(most[name as keyof typeof most], value);
     await sleep(250);

@@ -26,15 +26,20 @@ export const commonVariables = {
   DRAIN_SECONDS: z.coerce.number().positive().default(20),
 };
 
-export const workerVariables = {
+/** Of every service but the API, which tells its health where it is served. */
+export const healthVariables = {
   ...commonVariables,
+  /** Where /healthz, /readyz and /metrics are served; port 0 takes a free one. */
+  METRICS_HOST: z.string().default('127.0.0.1'),
+  METRICS_PORT: z.coerce.number().int().min(0).max(65_535).default(0),
+};
+
+export const workerVariables = {
+  ...healthVariables,
   /** Directory of the model bundle; the decoder needs only its profile. */
   MODEL_URL: z.string().default(path.resolve(import.meta.dirname, '../../../models/default')),
   /** 1: this worker's model is on trial: jobs come to it only when they name it. */
   MODEL_CANDIDATE: z.stringbool().default(false),
-  /** Where /healthz, /readyz and /metrics are served; port 0 takes a free one. */
-  METRICS_HOST: z.string().default('127.0.0.1'),
-  METRICS_PORT: z.coerce.number().int().min(0).max(65_535).default(0),
 };
 
 /**
@@ -50,6 +55,7 @@ export function readVariables<T extends z.ZodType>(schema: T, env: NodeJS.Proces
 }
 
 const common = z.object(commonVariables);
+const health = z.object(healthVariables);
 const worker = z.object(workerVariables);
 
 export interface CommonConfig extends BackendsConfig {
@@ -71,12 +77,14 @@ export function commonConfig(read: z.infer<typeof common>): CommonConfig {
   };
 }
 
+export function healthConfig(read: z.infer<typeof health>) {
+  return { ...commonConfig(read), metricsHost: read.METRICS_HOST, metricsPort: read.METRICS_PORT };
+}
+
 export function workerConfig(read: z.infer<typeof worker>) {
   return {
-    ...commonConfig(read),
+    ...healthConfig(read),
     modelUrl: read.MODEL_URL,
     candidate: read.MODEL_CANDIDATE,
-    metricsHost: read.METRICS_HOST,
-    metricsPort: read.METRICS_PORT,
   };
 }

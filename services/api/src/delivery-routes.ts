@@ -1,11 +1,11 @@
 /** Every attempt to deliver an event, over the whole retention: the proof of who was told what, when, and said what. */
 import { isCursor } from '@acousticsense/shared/archived-log';
-import { ProblemError } from '@acousticsense/shared/errors';
-import { type DeliveryLog, deliverySchema } from '@acousticsense/shared/event-log';
+import { type Delivery, type DeliveryLog, deliverySchema } from '@acousticsense/shared/event-log';
 import express, { type Response, type Router } from 'express';
 import { z } from 'zod';
 import { refuseMethod } from './http-refusals.ts';
 import { parseOptions } from './jobs.ts';
+import { beginning, pageOf } from './log-pages.ts';
 import { number } from './schemas.ts';
 
 export const deliveryQuerySchema = z.strictObject({
@@ -34,11 +34,6 @@ export interface DeliveryRoutesDeps {
 }
 
 const path = '/v1/webhooks/deliveries';
-/** Attempts that are passed over before the caller hears how far it is. */
-const mostPassedOver = 20_000;
-const scanPage = 1_000;
-const beginning = '0-0';
-
 export function createDeliveryRoutes({ deliveries, tenantOf }: DeliveryRoutesDeps): Router {
   const router = express.Router();
 
@@ -51,32 +46,21 @@ export function createDeliveryRoutes({ deliveries, tenantOf }: DeliveryRoutesDep
     tenant: string,
     { after, limit, event, endpoint }: z.infer<typeof deliveryQuerySchema>,
   ): Promise<DeliveryPage> {
-    const found: DeliveryPage['deliveries'] = [];
     const all = event === undefined && endpoint === undefined;
-    let next = after;
-    for (let seen = 0; ; ) {
-      const page = await deliveries.page(tenant, next, all ? limit : scanPage);
-      if (page.expired && after !== undefined) {
-        const oldest = await deliveries.oldest(tenant);
-        throw new ProblemError(
-          'cursor_expired',
-          `Attempts behind this cursor were deleted when their retention ended; the oldest that is left has the cursor ${oldest ?? beginning}.`,
-          { field: 'after' },
-        );
-      }
-      for (const [index, entry] of page.entries.entries()) {
-        next = entry.cursor;
-        if ((event ?? entry.eventId) !== entry.eventId || (endpoint ?? entry.endpointId) !== entry.endpointId)
-          continue;
-        found.push({ ...entry, at: new Date(entry.at).toISOString() });
-        if (found.length === limit)
-          return { deliveries: found, next, more: page.more || index + 1 < page.entries.length };
-      }
-      next = page.cursor ?? next;
-      seen += page.entries.length;
-      if (all || !page.more || seen >= mostPassedOver)
-        return { deliveries: found, next: next ?? beginning, more: page.more };
-    }
+    const { found, next, more } = await pageOf<Delivery>(
+      {
+        read: (from, most) => deliveries.page(tenant, from, most),
+        oldest: () => deliveries.oldest(tenant),
+      },
+      { after, limit },
+      'Attempts',
+      all
+        ? undefined
+        : ({ eventId, endpointId }) =>
+            (event ?? eventId) === eventId && (endpoint ?? endpointId) === endpointId,
+    );
+    const told = found.map((entry) => ({ ...entry, at: new Date(entry.at).toISOString() }));
+    return { deliveries: told, next: next ?? beginning, more };
   }
 
   router.all(path, refuseMethod('GET, HEAD'));

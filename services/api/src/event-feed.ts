@@ -6,7 +6,6 @@
  * subscriber's connection comes or goes, and at the end of the wait.
  */
 import { isCursor } from '@acousticsense/shared/archived-log';
-import { ProblemError } from '@acousticsense/shared/errors';
 import type { EventLog } from '@acousticsense/shared/event-log';
 import {
   type EventType,
@@ -17,6 +16,7 @@ import {
 } from '@acousticsense/shared/events';
 import type { Redis } from 'ioredis';
 import { z } from 'zod';
+import { beginning, pageOf } from './log-pages.ts';
 import { number } from './schemas.ts';
 
 const cursor = z.string().refine(isCursor, 'must be the `next` or a `cursor` of an answer');
@@ -69,11 +69,6 @@ export interface EventFeed {
   close(): void;
 }
 
-/** Events that are passed over for a filter before the caller hears how far it is. */
-const mostPassedOver = 20_000;
-const scanPage = 1_000;
-const beginning = '0-0';
-
 export function createEventFeed({
   subscriber,
   log,
@@ -94,36 +89,21 @@ export function createEventFeed({
   subscriber.on('close', wakeAll);
   void subscriber.subscribe(eventsChannel).catch(() => {});
 
-  /** From where it stands until `limit` fit, to the end, or for as long as is bearable. */
   async function look(tenant: string, after: string | undefined, { limit, types }: FeedQuery) {
     const wanted = types && new Set<EventType>(types);
-    const events: LoggedEvent[] = [];
-    let next = after;
-    for (let seen = 0; ; ) {
-      const page = await log.read(tenant, next, wanted ? scanPage : limit);
-      if (page.expired) throw await expiredAt(tenant);
-      for (const [index, event] of page.events.entries()) {
-        next = event.cursor;
-        if (wanted && !wanted.has(event.event.type)) continue;
-        events.push(event);
-        if (events.length === limit)
-          return { events, next, more: page.more || index + 1 < page.events.length };
-      }
-      next = page.cursor;
-      seen += page.events.length;
-      if (!wanted || !page.more || seen >= mostPassedOver) return { events, next, more: page.more };
-    }
-  }
-
-  async function expiredAt(tenant: string): Promise<ProblemError> {
-    const oldest = await log.oldest(tenant);
-    return new ProblemError(
-      'cursor_expired',
-      `Events behind this cursor were deleted when their retention ended; ${
-        oldest === undefined ? 'none is left' : `the oldest that is left has the cursor ${oldest}`
-      }. Leave "after" away to begin there.`,
-      { field: 'after' },
+    const { found, ...place } = await pageOf<Omit<LoggedEvent, 'cursor'>>(
+      {
+        async read(from, most) {
+          const { events, ...about } = await log.read(tenant, from, most);
+          return { entries: events, ...about };
+        },
+        oldest: () => log.oldest(tenant),
+      },
+      { after, limit },
+      'Events',
+      wanted && (({ event }) => wanted.has(event.type)),
     );
+    return { events: found, ...place };
   }
 
   return {

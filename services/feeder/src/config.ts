@@ -1,13 +1,10 @@
 /** Configuration of the feeder, from the environment. */
 import path from 'node:path';
-import { commonConfig, commonVariables, readVariables } from '@acousticsense/shared/common-config';
+import { healthConfig, healthVariables, readVariables } from '@acousticsense/shared/common-config';
 import { z } from 'zod';
 
 const schema = z.object({
-  ...commonVariables,
-  /** Where /healthz, /readyz and /metrics are served; port 0 takes a free one. */
-  METRICS_HOST: z.string().default('127.0.0.1'),
-  METRICS_PORT: z.coerce.number().int().min(0).max(65_535).default(0),
+  ...healthVariables,
   /** Rows of batches in a queue, as a multiple of what its workers hold at a time. */
   FEED_FACTOR: z.coerce.number().min(1).max(1_000).default(4),
   /** Chunks of 1,000 rows that a batch has in Redis at a time. */
@@ -31,9 +28,7 @@ const schema = z.object({
 export function loadConfig(env: NodeJS.ProcessEnv) {
   const v = readVariables(schema, env);
   return {
-    ...commonConfig(v),
-    metricsHost: v.METRICS_HOST,
-    metricsPort: v.METRICS_PORT,
+    ...healthConfig(v),
     factor: v.FEED_FACTOR,
     openChunks: v.FEED_OPEN_CHUNKS,
     heads: v.FEED_HEADS,

@@ -1,12 +1,9 @@
 /** Configuration of the webhook service, from the environment. */
-import { commonConfig, commonVariables, readVariables } from '@acousticsense/shared/common-config';
+import { healthConfig, healthVariables, readVariables } from '@acousticsense/shared/common-config';
 import { z } from 'zod';
 
 const schema = z.object({
-  ...commonVariables,
-  /** Where /healthz, /readyz and /metrics are served; port 0 takes a free one. */
-  METRICS_HOST: z.string().default('127.0.0.1'),
-  METRICS_PORT: z.coerce.number().int().min(0).max(65_535).default(0),
+  ...healthVariables,
   /** Events of a tenant that stay in Redis once they lie in storage. */
   EVENTS_KEPT: z.coerce.number().int().min(1).default(10_000),
   /** Messages of an endpoint that are under way or wait to be tried again; what is behind them waits in the log. */
@@ -21,9 +18,7 @@ const schema = z.object({
 export function loadConfig(env: NodeJS.ProcessEnv) {
   const v = readVariables(schema, env);
   return {
-    ...commonConfig(v),
-    metricsHost: v.METRICS_HOST,
-    metricsPort: v.METRICS_PORT,
+    ...healthConfig(v),
     eventsKept: v.EVENTS_KEPT,
     backlog: v.WEBHOOK_BACKLOG,
     timeoutMs: v.WEBHOOK_TIMEOUT_SECONDS * 1_000,

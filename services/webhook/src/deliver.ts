@@ -9,6 +9,7 @@
  * like one that broke off after having accepted; both are failed attempts, and the next one carries the same id.
  */
 import { type EgressGuard, EgressRefused } from '@acousticsense/egress/guard';
+import type { TestOutcome } from '@acousticsense/shared/endpoints';
 import { sign } from '@acousticsense/shared/webhook-signature';
 import { type Dispatcher, errors, request } from 'undici';
 import type { Clock } from './clock.ts';
@@ -137,6 +138,19 @@ export function createDeliver({ guard, clock, timeoutMs = 15_000 }: DeliverDeps)
     const wait = retryAfterMs(header(response, 'retry-after'), clock.now());
     return { kind: 'failed', ...answered, problem, ...(wait === undefined ? {} : { retryAfterMs: wait }) };
   }
+}
+
+/** An outcome as it is kept. @param at when the attempt began, by the clock. */
+export function receiptOf(outcome: Outcome, at: number): TestOutcome {
+  const { kind, ms, status, excerpt } = outcome;
+  return {
+    at: Math.round(at),
+    outcome: kind,
+    ms,
+    ...(status === undefined ? {} : { status }),
+    ...(outcome.kind === 'failed' ? { problem: outcome.problem } : {}),
+    ...(excerpt === undefined ? {} : { excerpt }),
+  };
 }
 
 /** What an outcome means, as a sentence for whoever runs the endpoint. */

@@ -8,10 +8,10 @@
  *   gone (410)  a dead letter, and the endpoint is disabled
  *   Redis or storage away, this process killed   the attempt does not count: it is made again, under the same id
  */
-import type { Endpoint, Endpoints } from '@acousticsense/shared/endpoints';
-import { endpointQueueName, isUnder } from '@acousticsense/shared/endpoints';
+import { type Endpoint, type Endpoints, endpointQueueName, isUnder } from '@acousticsense/shared/endpoints';
 import { InfrastructureFault, isRedisAway } from '@acousticsense/shared/errors';
 import type { DeliveryLog } from '@acousticsense/shared/event-log';
+import { pause } from '@acousticsense/shared/pause';
 import { queuePrefix } from '@acousticsense/shared/queues';
 import { heedErrors } from '@acousticsense/shared/worker-errors';
 import { DelayedError, type Job, Worker } from 'bullmq';
@@ -19,7 +19,7 @@ import type { Redis } from 'ioredis';
 import type { Logger } from 'pino';
 import type { Clock } from './clock.ts';
 import type { DeadLetters, DeathReason } from './dead-letters.ts';
-import type { Deliver, Outcome } from './deliver.ts';
+import { type Deliver, receiptOf } from './deliver.ts';
 import { allEndpoints } from './dispatcher.ts';
 import {
   type Attempt,
@@ -75,7 +75,7 @@ export function createDeliveries(deps: DeliveriesDeps): Deliveries {
   const { endpoints, queues, order, receipts, deadLetters, deliver, clock, metrics, log, closing } = deps;
   const running = new Map<string, Running>();
   let statuses = { unverified: 0, enabled: 0, disabled: 0 };
-  let stopped = false;
+  const stop = new AbortController();
   const secretsOf = remember((tenant, id) => endpoints.signingSecrets(tenant, id, clock.now()));
   const endpointOf = remember((tenant, id) => endpoints.get(tenant, id));
 
@@ -95,7 +95,7 @@ export function createDeliveries(deps: DeliveriesDeps): Deliveries {
       }),
     );
     for (const endpoint of wanted.values()) {
-      if (stopped) return;
+      if (stop.signal.aborted) return;
       if (!running.has(endpoint.id)) await begin(endpoint);
     }
   }
@@ -176,7 +176,7 @@ export function createDeliveries(deps: DeliveriesDeps): Deliveries {
     const url = isUnder(endpoint, message.url) ? message.url : endpoint.url;
     const at = clock.now();
     const outcome = await deliver({ id, url, body }, secrets, closing);
-    const made = attemptOf(outcome, at, job.attemptsMade + 1);
+    const made = { ...receiptOf(outcome, at), attempt: job.attemptsMade + 1 };
     const about = { eventId: id, type: message.type };
     metrics.attempts.inc({ outcome: made.outcome, problem: made.problem ?? 'none' });
     await Promise.all([
@@ -240,19 +240,17 @@ export function createDeliveries(deps: DeliveriesDeps): Deliveries {
   const wake = ({ endpointId }: QueuedMessage, id: string) => queues.wake(endpointId, id).catch(() => {});
 
   async function run(): Promise<void> {
-    while (!stopped) {
+    while (!stop.signal.aborted) {
       await look().catch((error) => log.warn({ err: error }, 'endpoints could not be read'));
-      await Promise.race([stopping.promise, new Promise((resolve) => setTimeout(resolve, lookMs).unref())]);
+      await pause(lookMs, stop.signal);
     }
   }
-  const stopping = Promise.withResolvers<void>();
   const ended = run();
 
   return {
     statuses: () => statuses,
     async close() {
-      stopped = true;
-      stopping.resolve();
+      stop.abort();
       await ended;
       await Promise.all([...running.keys()].map(end));
     },
@@ -263,19 +261,6 @@ export function createDeliveries(deps: DeliveriesDeps): Deliveries {
 async function giveBack(job: Job, token: string | undefined, ms: number): Promise<never> {
   await job.moveToDelayed(Date.now() + Math.max(1, Math.round(ms)), token);
   throw new DelayedError();
-}
-
-function attemptOf(outcome: Outcome, at: number, attempt: number): Attempt {
-  const { kind, ms, status, excerpt } = outcome;
-  return {
-    at: Math.round(at),
-    attempt,
-    outcome: kind,
-    ms,
-    ...(status === undefined ? {} : { status }),
-    ...(outcome.kind === 'failed' ? { problem: outcome.problem } : {}),
-    ...(excerpt === undefined ? {} : { excerpt }),
-  };
 }
 
 /** Believes what was read for a second. */

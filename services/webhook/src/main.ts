@@ -15,7 +15,7 @@ import { loadConfig, type WebhookConfig } from './config.ts';
 import { createDeadLetters } from './dead-letters.ts';
 import { createDeliver } from './deliver.ts';
 import { createDeliveries } from './deliveries.ts';
-import { createDispatcher } from './dispatcher.ts';
+import { allEndpoints, createDispatcher } from './dispatcher.ts';
 import { createKeeper } from './keeper.ts';
 import { createMessageQueues } from './messages.ts';
 import { createMetrics, exportState } from './metrics.ts';
@@ -50,20 +50,18 @@ async function wire(service: Service): Promise<void> {
   const subscriber = backends.connect();
   const tell = createTelling({ signer: createUrlSigner(secretsKey), publicUrl: readPublicUrl(redis) });
   const dispatcher = createDispatcher({
-    ...{
-      subscriber,
-      endpoints,
-      events,
-      queues,
-      order,
-      deadLetters,
-      tell,
-      lease,
-      clock,
-      log,
-      signal,
-      backlog,
-    },
+    subscriber,
+    endpoints,
+    events,
+    queues,
+    order,
+    deadLetters,
+    tell,
+    lease,
+    clock,
+    log,
+    signal,
+    backlog,
   });
   const tenants = async () => [...new Set([...(await records.tenants()), ...(await endpoints.tenants())])];
   const keeper = createKeeper({
@@ -95,9 +93,7 @@ async function wire(service: Service): Promise<void> {
     lagSeconds: dispatcher.lagSeconds,
     statuses: deliveries.statuses,
     outstanding: async () => {
-      const all = (
-        await Promise.all((await endpoints.tenants()).map((tenant) => endpoints.list(tenant)))
-      ).flat();
+      const all = await allEndpoints(endpoints);
       const counts = await Promise.all(all.map(({ id }) => queues.outstanding(id)));
       return counts.reduce((sum, count) => sum + count, 0);
     },

@@ -2,7 +2,7 @@
  * A message is one event on its way to one endpoint. Each endpoint has a BullMQ queue of its own, so that one that is
  * slow or dead keeps nobody else waiting, and so that its limits hold over all processes together.
  */
-import { endpointQueueName } from '@acousticsense/shared/endpoints';
+import { endpointQueueName, attemptSchema as recordedSchema } from '@acousticsense/shared/endpoints';
 import { eventTypes } from '@acousticsense/shared/events';
 import { queuePrefix } from '@acousticsense/shared/queues';
 import { withRedis } from '@acousticsense/shared/redis';
@@ -11,15 +11,8 @@ import type { Redis } from 'ioredis';
 import { z } from 'zod';
 import type { Clock } from './clock.ts';
 
-export const attemptSchema = z.object({
-  at: z.int().describe('epoch milliseconds'),
-  attempt: z.int(),
-  outcome: z.enum(['delivered', 'failed', 'gone']),
-  status: z.int().optional(),
-  ms: z.number(),
-  problem: z.string().optional(),
-  excerpt: z.string().optional(),
-});
+/** As it is on record, without the event that the message is of. */
+const attemptSchema = recordedSchema.omit({ eventId: true, type: true });
 export type Attempt = z.infer<typeof attemptSchema>;
 
 /** Not strict: during a roll-out an older process reads the messages of a newer one. */

@@ -9,7 +9,7 @@ import type { Redis } from 'ioredis';
 import type { Logger } from 'pino';
 import { verifyOwnership } from './challenge.ts';
 import type { Clock } from './clock.ts';
-import type { Deliver } from './deliver.ts';
+import { type Deliver, receiptOf } from './deliver.ts';
 
 export interface OrdersDeps {
   /** For the worker's blocking reads. */
@@ -61,17 +61,9 @@ export function createOrderWorker({
   ) {
     const event = { ...eventExamples['job.completed'], timestamp: new Date(clock.now()).toISOString() };
     const message = { id: `evt_test_${orderId}`, url, body: JSON.stringify(event) };
-    const at = Math.round(clock.now());
-    const { kind: outcome, ms, ...answer } = await deliver(message, secrets, closing);
-    const { status, excerpt } = answer;
-    await endpoints.endTest(tenant, endpointId, orderId, {
-      at,
-      outcome,
-      ms,
-      ...(status === undefined ? {} : { status }),
-      ...('problem' in answer ? { problem: answer.problem } : {}),
-      ...(excerpt === undefined ? {} : { excerpt }),
-    });
+    const at = clock.now();
+    const outcome = await deliver(message, secrets, closing);
+    await endpoints.endTest(tenant, endpointId, orderId, receiptOf(outcome, at));
   }
 
   const worker = new Worker(ordersQueueName, process, {
